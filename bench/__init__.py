@@ -1,0 +1,1 @@
+"""Speed, memory and host cost of cuflash and of its peers, measured in one run on one GPU: ``python -m bench --help``."""

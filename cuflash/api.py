@@ -1,0 +1,209 @@
+"""The public functions: arguments -> Problem -> backend."""
+
+from cuflash.options import with_options
+from cuflash.problem import make_problem
+
+
+def _backend(problem):
+    if problem.device is None:
+        from cuflash import numpy_backend as backend
+    else:
+        from cuflash import cupy_backend as backend
+    return backend
+
+
+@with_options
+def attention(q, k, v, *, out=None, **options):
+    """Exact attention, ``softmax(q @ k.T * scale) @ v``, in memory linear in L and S.
+
+    CuPy arrays are computed on their GPU, NumPy arrays on the CPU. Arrays in GPU memory that speak ``__dlpack__`` or
+    ``__cuda_array_interface__`` are taken as they are, and the result is a CuPy array.
+
+    Parameters
+    ----------
+    q : array, shape ``(..., L, E)``
+        Queries: float16, bfloat16 (of ml_dtypes), float32, or, for NumPy arrays, float64. Any strides.
+    k : array, shape ``(..., S, E)``
+        Keys, of q's dtype. E is 1 to 256; L and S may be 0.
+    v : array, shape ``(..., S, Ev)``
+        Values, of q's dtype. Ev is 1 to 256. Leading dimensions of q, k and v broadcast as in `numpy.matmul`, without copies. The heads axis is
+        -3: k and v may have fewer heads, a number that divides q's, which consecutive groups of query heads share.
+    {options}
+    out : array, optional
+        Where to put the result: of its shape and dtype, any strides, sharing no memory with q, k or v.
+
+    Returns
+    -------
+    out : array, shape ``(..., L, Ev)``
+        In q's dtype and memory order. Rows that see no key are 0.
+
+    Raises
+    ------
+    TypeError
+        Kinds, dtypes, or arrays of different places (NumPy with CuPy, two GPUs).
+    ValueError
+        Shapes and values.
+    NotImplementedError
+        Complex arrays, float64 on a GPU, and reserved options.
+
+    See Also
+    --------
+    attention_forward, attention_backward, attention_vjp, merge
+
+    References
+    ----------
+    Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1; Dao et al., "FlashAttention", 2022, arXiv:2205.14135, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> k = np.array([[1.0], [0.0]])
+    >>> cuflash.attention(np.array([[0.0], [50.0]]), k, v=np.array([[2.0], [4.0]])).round(6)
+    array([[3.],
+           [2.]])
+    """
+    return attention_forward(q, k, v, out=out, **options)[0]
+
+
+@with_options
+def attention_forward(q, k, v, *, out=None, **options):
+    """Attention, and what backward and `merge` need of it: the log-sum-exp of each row.
+
+    Parameters
+    ----------
+    q, k, v : array
+        ``(..., L, E)``, ``(..., S, E)``, ``(..., S, Ev)``, as for `attention`.
+    {options}
+    out : array, optional
+        As for `attention`.
+
+    Returns
+    -------
+    out : array, shape ``(..., L, Ev)``
+        As for `attention`.
+    lse : array, shape ``(..., L)``
+        Natural logarithm of the softmax denominator, ``log(sum(exp(scores)))``: float32, or float64 for float64 arrays; -inf in rows that see no key.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As for `attention`.
+
+    References
+    ----------
+    Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.1 (algorithm 1); Dao et al., "FlashAttention", 2022, arXiv:2205.14135, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> out, lse = cuflash.attention_forward(np.zeros((2, 8)), np.zeros((4, 8)), np.ones((4, 3)))
+    >>> out.shape, np.exp(lse).round(6)
+    ((2, 3), array([4., 4.]))
+    """
+    problem, q, k, v = make_problem(q, k, v, options)
+    if out is not None:
+        out = problem.require_output(out, q=q, k=k, v=v)
+    return _backend(problem).forward(problem, q, k, v, out)
+
+
+@with_options
+def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
+    """Gradients of attention with respect to q, k and v; scores are recomputed tile by tile from lse.
+
+    Parameters
+    ----------
+    dout : array, shape ``(..., L, Ev)``
+        Gradient of out, in q's dtype; any strides.
+    q, k, v : array
+        As given to `attention_forward`.
+    out, lse : array
+        What `attention_forward` returned.
+    dlse : array, shape ``(..., L)``, optional
+        Gradient of lse, in its dtype; none if not given.
+    {options}
+        The same as in the forward.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        Each in the shape and dtype of its array; broadcast dimensions and heads that share a key head are summed. Rows that see no key give zeros.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As for `attention`; also for dout, out, lse or dlse of another place, shape or dtype.
+
+    References
+    ----------
+    Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2 (algorithm 2); Dao et al., "FlashAttention", 2022, arXiv:2205.14135, appendix B.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 5, 4))
+    >>> out, lse = cuflash.attention_forward(q, k, v)
+    >>> dq, dk, dv = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+    >>> dv.sum().round(6)  # each row's weights sum to 1
+    np.float64(20.0)
+    """
+    problem, q, k, v = make_problem(q, k, v, options)
+    out = problem.require("out", out, problem.out_shape, problem.dtype)
+    lse = problem.require("lse", lse, problem.lse_shape, problem.lse_dtype)
+    return _gradients(problem, dout, q, k, v, out, lse, dlse)
+
+
+@with_options
+def attention_vjp(q, k, v, *, out=None, **options):
+    """Attention and a function for its gradients, which keeps what backward needs.
+
+    Parameters
+    ----------
+    q, k, v : array
+        ``(..., L, E)``, ``(..., S, E)``, ``(..., S, Ev)``, as for `attention`. They are kept, not copied: do not change them before the last ``vjp``.
+    {options}
+    out : array, optional
+        As for `attention`; kept too.
+
+    Returns
+    -------
+    out : array, shape ``(..., L, Ev)``
+        As for `attention`.
+    vjp : callable
+        ``vjp(dout, dlse=None) -> (dq, dk, dv)``, as `attention_backward`; any number of times.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As for `attention`, and `attention_backward` when ``vjp`` is called.
+
+    References
+    ----------
+    Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 5, 4))
+    >>> out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
+    >>> dq, dk, dv = vjp(np.ones_like(out))
+    >>> dq[0]  # the first query sees one key only, so its weight cannot change
+    array([0., 0., 0., 0.])
+    """
+    problem, q, k, v = make_problem(q, k, v, options)
+    if out is not None:
+        out = problem.require_output(out, q=q, k=k, v=v)
+    out, lse = _backend(problem).forward(problem, q, k, v, out)
+
+    def vjp(dout, dlse=None):
+        """Gradients of (q, k, v), given that of out (and of lse)."""
+        return _gradients(problem, dout, q, k, v, out, lse, dlse)
+
+    return out, vjp
+
+
+def _gradients(problem, dout, q, k, v, out, lse, dlse):
+    dout = problem.require("dout", dout, problem.out_shape, problem.dtype)
+    if dlse is not None:
+        dlse = problem.require("dlse", dlse, problem.lse_shape, problem.lse_dtype)
+    return _backend(problem).backward(problem, dout, q, k, v, out, lse, dlse)

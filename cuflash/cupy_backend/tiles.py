@@ -1,0 +1,193 @@
+"""The tuning table: which tile of which kernel for which precision, head dimensions and GPU.
+
+Every number was measured on an H200 (`python -m bench`); where that tile needs more shared memory than a GPU gives a block, the next of its row is taken.
+"""
+
+import dataclasses
+
+# (head dim of q and k, head dim of v) that kernels exist for; a call takes the first that holds its own, and the columns it lacks read as zeros.
+HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+
+# As kernels/types.cuh has them.
+PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
+
+SCALE_FIRST = 1  # kernels/score.cuh
+
+# Rows of the buffers that the backward kernels share are padded to this: a multiple of every query tile.
+QUERY_PADDING = 128
+
+
+def head_dims(head_dim, value_dim):
+    """The kernel's (head dim, value dim) for a call's."""
+    return next(dims for dims in HEAD_DIMS if head_dim <= dims[0] and value_dim <= dims[1])
+
+
+def element_bytes(precision):
+    return 2 if precision in ("float16", "bfloat16") else 4
+
+
+def _arguments(*values):
+    return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTile:
+    """Template parameters of kernels/forward_sm80.cu."""
+
+    warps: int
+    row_tiles: int  # 16-row tiles of queries a warp
+    key_tile: int
+    stages: int
+    queries_in_registers: bool
+    blocks_per_sm: int
+
+    file = "forward_sm80.cu"
+
+    @property
+    def threads(self):
+        return self.warps * 32
+
+    @property
+    def query_tile(self):
+        return self.warps * self.row_tiles * 16
+
+    def shared_bytes(self, dims, size):
+        head_dim, value_dim = dims
+        return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size
+
+    def name(self, precision, dims, options):
+        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.queries_in_registers, self.blocks_per_sm)
+        return f"forward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTile:
+    """Template parameters of kernels/backward_sm80.cu."""
+
+    warps: int
+    row_tiles: int  # 16-row tiles of keys a warp
+    column_groups: int
+    query_tile: int
+    stages: int
+    score_tiles: int  # 2: P and dS each have a tile in shared memory
+    dq_row_tiles: int
+    blocks_per_sm: int
+
+    file = "backward_sm80.cu"
+
+    @property
+    def threads(self):
+        return self.warps * 32
+
+    @property
+    def key_tile(self):
+        return self.warps // self.column_groups * self.row_tiles * 16
+
+    def shared_bytes(self, dims, size):
+        head_dim, value_dim = dims
+        return self.key_tile * (head_dim + value_dim + self.score_tiles * self.query_tile) * size + self.stages * self.query_tile * ((head_dim + value_dim) * size + 8)
+
+    def name(self, precision, dims, options, query_gradient):
+        parameters = (self.warps, self.row_tiles, self.column_groups, self.query_tile, self.stages, self.score_tiles, self.dq_row_tiles, query_gradient, self.blocks_per_sm)
+        return f"backward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardQueryTile:
+    """Template parameters of kernels/backward_query_sm80.cu."""
+
+    warps: int
+    row_tiles: int  # 16-row tiles of queries a warp
+    key_tile: int
+    stages: int
+    blocks_per_sm: int
+
+    file = "backward_query_sm80.cu"
+
+    @property
+    def threads(self):
+        return self.warps * 32
+
+    @property
+    def query_tile(self):
+        return self.warps * self.row_tiles * 16
+
+    def shared_bytes(self, dims, size):
+        head_dim, value_dim = dims
+        return (self.query_tile + self.stages * self.key_tile) * (head_dim + value_dim) * size
+
+    def name(self, precision, dims, options):
+        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.blocks_per_sm)
+        return f"backward_query_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+
+
+# The larger of the two head dims -> tiles in order of preference. The last of each row fits in 99 KiB, what the smallest of these GPUs gives a block.
+FORWARD = {
+    2: {
+        32: [ForwardTile(4, 2, 64, 2, True, 2)],
+        64: [ForwardTile(4, 2, 64, 2, True, 2)],
+        96: [ForwardTile(4, 2, 64, 2, False, 2), ForwardTile(4, 2, 32, 2, False, 2)],
+        128: [ForwardTile(4, 2, 64, 2, False, 2), ForwardTile(4, 2, 32, 2, False, 2)],
+        192: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+        256: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+    },
+    4: {
+        32: [ForwardTile(4, 2, 32, 2, False, 2)],
+        64: [ForwardTile(4, 2, 32, 2, False, 1)],
+        96: [ForwardTile(4, 2, 32, 2, False, 1)],
+        128: [ForwardTile(8, 1, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+        192: [ForwardTile(8, 1, 32, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+        256: [ForwardTile(4, 1, 32, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+    },
+}
+BACKWARD = {
+    2: {
+        32: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
+        96: [BackwardTile(8, 1, 1, 64, 2, 1, 1, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
+        128: [BackwardTile(8, 1, 1, 64, 2, 1, 2, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 2, 64, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 1, 2, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+    },
+    4: {
+        32: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(8, 1, 1, 32, 2, 1, 1, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
+        96: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2), BackwardTile(4, 1, 1, 32, 1, 1, 1, 1)],
+        128: [BackwardTile(8, 1, 2, 32, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+    },
+}
+BACKWARD_QUERY = {
+    2: {
+        32: [BackwardQueryTile(4, 2, 64, 2, 2)],
+        64: [BackwardQueryTile(4, 2, 32, 2, 2)],
+        96: [BackwardQueryTile(8, 1, 64, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
+        128: [BackwardQueryTile(8, 1, 64, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
+        192: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
+        256: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
+    },
+    4: {
+        32: [BackwardQueryTile(4, 1, 32, 2, 1)],
+        64: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
+        96: [BackwardQueryTile(8, 1, 16, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
+        128: [BackwardQueryTile(4, 1, 32, 2, 1), BackwardQueryTile(2, 1, 16, 2, 1)],
+        192: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 16, 2, 1)],
+        256: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 8, 2, 1)],
+    },
+}
+
+
+def choose(table, precision, dims, shared_limit):
+    """The first tile of the row whose shared memory fits in `shared_limit` bytes a block."""
+    size = element_bytes(precision)
+    return next(tile for tile in table[size][max(dims)] if tile.shared_bytes(dims, size) <= shared_limit)
+
+
+def instances():
+    """Every (tile, precision, dims) of the table, with its table's name."""
+    for table in (FORWARD, BACKWARD, BACKWARD_QUERY):
+        for precision in PRECISIONS:
+            for dims in HEAD_DIMS:
+                for tile in table[element_bytes(precision)][max(dims)]:
+                    yield tile, precision, dims

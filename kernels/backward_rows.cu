@@ -1,0 +1,90 @@
+// What the backward pass does to whole rows before and after its main kernel; no products of matrices here.
+//
+//   backward_prepare:  row_lse = lse / ln 2, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type
+//
+// Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
+#include "problem.cuh"
+
+constexpr int LANES = 8, ROWS = 32;
+
+__device__ __forceinline__ bool whole_chunks(const Array& array, const void* row, int element_bytes) {
+  return (((unsigned long long)row | (unsigned long long)(array.row_stride * element_bytes) | (unsigned long long)(array.columns * element_bytes)) & 15) == 0;
+}
+
+// The block's rows [first, first + ROWS) of the padded rows of one (batch, head).
+struct RowBlock {
+  Place place;
+  int first;
+  __device__ __forceinline__ RowBlock(const Problem& problem)
+      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), first(blockIdx.x % (problem.padded_queries / ROWS) * ROWS) {}
+};
+
+template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
+  using Element = typename ElementOf<PRECISION>::type;
+  constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
+  const RowBlock block(problem);
+  const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  const bool exists = row < problem.queries;
+
+  float sum = 0.0f;
+  if (exists) {
+    const Element* o = block.place.rows<Element>(problem.out) + row * problem.out.row_stride;
+    const Element* dout = block.place.rows<Element>(problem.dout) + row * problem.dout.row_stride;
+    if (whole_chunks(problem.out, o, sizeof(Element)) && whole_chunks(problem.dout, dout, sizeof(Element))) {
+      for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
+        Element x[PER_CHUNK], y[PER_CHUNK];
+        *(uint4*)x = *(const uint4*)(o + column);
+        *(uint4*)y = *(const uint4*)(dout + column);
+#pragma unroll
+        for (int i = 0; i < PER_CHUNK; ++i) sum += to_float(x[i]) * to_float(y[i]);
+      }
+    } else {
+      for (int column = lane; column < problem.out.columns; column += LANES) sum += to_float(o[column]) * to_float(dout[column]);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+
+  const i64 flat = block.place.flat(problem);
+  if (lane == 0) {
+    float lse = infinity(), dlse = 0.0f;   // a row that does not exist, or saw no key: exp2(score - inf) = 0
+    if (exists) {
+      lse = block.place.rows<float>(problem.lse)[row * problem.lse.row_stride];
+      lse = lse == -infinity() ? infinity() : lse * 1.4426950408889634f;
+      if (problem.dlse.data) dlse = block.place.rows<float>(problem.dlse)[row * problem.dlse.row_stride];
+    }
+    problem.row_lse[flat * problem.padded_queries + row] = lse;
+    problem.row_d[flat * problem.padded_queries + row] = sum - dlse;
+  }
+  if constexpr (ZERO_DQ_SUM) {
+    float4* dq_sum = (float4*)(problem.dq_sum + (flat * problem.padded_queries + block.first) * HEAD_DIM);
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
+template <int PRECISION, int HEAD_DIM> __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ Problem problem) {
+  using Element = typename ElementOf<PRECISION>::type;
+  constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
+  const RowBlock block(problem);
+  const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  if (row >= problem.queries) return;
+  const float* from = problem.dq_sum + (block.place.flat(problem) * problem.padded_queries + row) * HEAD_DIM;
+  Element* to = block.place.rows<Element>(problem.dq) + row * problem.dq.row_stride;
+  const bool whole = whole_chunks(problem.dq, to, sizeof(Element));
+  for (int column = lane * PER_CHUNK; column < problem.dq.columns; column += LANES * PER_CHUNK) {
+    Element x[PER_CHUNK];
+#pragma unroll
+    for (int i = 0; i < PER_CHUNK; i += 4) {
+      const float4 y = *(const float4*)(from + column + i);
+      from_float(x[i], y.x * problem.scale), from_float(x[i + 1], y.y * problem.scale), from_float(x[i + 2], y.z * problem.scale), from_float(x[i + 3], y.w * problem.scale);
+    }
+    if (whole) {
+      *(uint4*)(to + column) = *(const uint4*)x;
+    } else {
+#pragma unroll
+      for (int i = 0; i < PER_CHUNK; ++i)
+        if (column + i < problem.dq.columns) to[column + i] = x[i];
+    }
+  }
+}

@@ -1,0 +1,252 @@
+// Attention backward by mma.sync and cp.async: dK and dV, and with QUERY_GRADIENT what each key block adds to dQ. FlashAttention-2, algorithm 2.
+//
+//   P = exp(scale · Q Kᵀ - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//   Q, dQ (batch, heads, queries, HEAD_DIM), dO (.., queries, VALUE_DIM), K, dK (.., keys, HEAD_DIM), V, dV (.., keys, VALUE_DIM)
+//
+// A block owns KEY_TILE keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share
+// the key head. The products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that a warp's rows are keys: with COLUMN_GROUPS = 1 a warp owns
+// 16 · ROW_TILES keys and all columns, and Pᵀ and dSᵀ pass from accumulators to the A operand of dV and dK in registers. With more column groups the
+// columns of each product are divided among that many warps, which halves the accumulators of wide heads, and P goes through shared memory as well.
+// dQ sums over keys, that is over warps: dSᵀ is shared through memory, each warp multiplies its part of dQ and adds it to dq_sum in device memory.
+//
+// Shared memory:  K | V | dSᵀ  KEY_TILE x QUERY_TILE | Pᵀ (if SCORE_TILES = 2; else in the place of dSᵀ) | STAGES x (Q | dO | lse | D  float32)
+// Order of waits: a stage has arrived (cp.async.wait_group, __syncthreads; every warp is done with the stage and the scores before it), then Sᵀ, Pᵀ, dPᵀ
+// and dSᵀ, the scores into memory, __syncthreads, then what reads them. Column groups with one tile for both scores wait twice more: before dV reads Pᵀ,
+// and before dSᵀ overwrites it.
+#include "gradient_sm80.cuh"
+#include "product_sm80.cuh"
+#include "ptx/reduce.cuh"
+#include "score.cuh"
+
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int COLUMN_GROUPS, int QUERY_TILE, int STAGES, int SCORE_TILES> struct BackwardTiles {
+  using Element = typename ElementOf<PRECISION>::type;
+  static constexpr int THREADS = WARPS * 32, KEY_GROUPS = WARPS / COLUMN_GROUPS, WARP_KEYS = ROW_TILES * 16, KEY_TILE = KEY_GROUPS * WARP_KEYS;
+  using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
+  using DO = SharedTile<Element, QUERY_TILE, VALUE_DIM>;
+  using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
+  using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
+  using S = SharedTile<Element, KEY_TILE, QUERY_TILE>;
+  static constexpr int STATISTICS_BYTES = 2 * QUERY_TILE * 4, STAGE_BYTES = Q::BYTES + DO::BYTES + STATISTICS_BYTES;
+  static constexpr int SCORES = K::BYTES + V::BYTES, FIRST_STAGE = SCORES + SCORE_TILES * S::BYTES;
+  static_assert(QUERY_TILE / COLUMN_GROUPS % 16 == 0 && HEAD_DIM / COLUMN_GROUPS % 16 == 0 && VALUE_DIM / COLUMN_GROUPS % 16 == 0, "fragments come in pairs of 8 columns");
+  static_assert(SCORE_TILES == 1 || (SCORE_TILES == 2 && COLUMN_GROUPS > 1), "only column groups keep both Pᵀ and dSᵀ");
+  static constexpr int SHARED_BYTES = FIRST_STAGE + STAGES * STAGE_BYTES;
+};
+
+// Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
+template <int KEY_TILE, int QUERY_TILE> struct KeyBlock {
+  Schedule schedule;
+  Place place;    // of the first of the block's query heads; any of them finds the key head
+  Visible visible;
+  int first_key;
+  int first_tile;    // query tiles before it see none of the keys
+
+  __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
+      : schedule(problem, block, ceil_div(problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), visible(problem, place) {
+    place.head *= problem.heads_per_block;
+    first_key = schedule.tile * KEY_TILE;
+    first_tile = visible.query_begin(first_key) / QUERY_TILE;
+  }
+};
+
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int COLUMN_GROUPS, int QUERY_TILE, int STAGES, int SCORE_TILES, int DQ_ROW_TILES,
+          bool QUERY_GRADIENT, int BLOCKS_PER_SM>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const __grid_constant__ Problem problem) {
+  using Tiles = BackwardTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, COLUMN_GROUPS, QUERY_TILE, STAGES, SCORE_TILES>;
+  using Element = typename Tiles::Element;
+  constexpr int K_STEP = 32 / (int)sizeof(Element), KEY_TILE = Tiles::KEY_TILE;
+  constexpr int QUERY_COLUMNS = QUERY_TILE / COLUMN_GROUPS, HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_GROUPS;
+  extern __shared__ __align__(128) u8 shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int key_row = warp % Tiles::KEY_GROUPS * Tiles::WARP_KEYS, column_group = warp / Tiles::KEY_GROUPS;
+
+  u32 base = shared_address(shared);
+  auto stage_address = [&](int tile) { return base + Tiles::FIRST_STAGE + tile % STAGES * Tiles::STAGE_BYTES; };
+  {
+    const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, blockIdx.x);
+    const Place place = block.place;
+    const int keys = problem.keys - block.first_key;
+    load_tile<Tiles::THREADS>(typename Tiles::K{base}, place.rows<Element>(problem.k) + block.first_key * problem.k.row_stride, problem.k.row_stride, keys, problem.k.columns);
+    load_tile<Tiles::THREADS>(typename Tiles::V{base + Tiles::K::BYTES}, place.rows<Element>(problem.v) + block.first_key * problem.v.row_stride, problem.v.row_stride, keys,
+                              problem.v.columns);
+  }
+
+  const float factor = exponent_factor<OPTIONS>(problem);
+  float dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
+
+  for (int head = 0; head < problem.heads_per_block; ++head) {
+    const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, block_index_again());
+    const int first_tile = block.first_tile, last_tile = ceil_div(problem.queries, QUERY_TILE);
+    Place place = block.place;
+    place.head += head;
+    const Element* q = place.rows<Element>(problem.q) + (i64)first_tile * QUERY_TILE * problem.q.row_stride;
+    const Element* dout = place.rows<Element>(problem.dout) + (i64)first_tile * QUERY_TILE * problem.dout.row_stride;
+    const i64 first_row = place.flat(problem) * problem.padded_queries;   // of row_lse, row_d and dq_sum
+    auto load_stage = [&](int tile) {
+      if (tile < last_tile) {
+        const int queries = problem.queries - tile * QUERY_TILE;
+        const u32 stage = stage_address(tile);
+        load_tile<Tiles::THREADS>(typename Tiles::Q{stage}, q, problem.q.row_stride, queries, problem.q.columns);
+        load_tile<Tiles::THREADS>(typename Tiles::DO{stage + Tiles::Q::BYTES}, dout, problem.dout.row_stride, queries, problem.dout.columns);
+        if (threadIdx.x < QUERY_TILE / 2) {   // 16 bytes each: first the lse, then D
+          const float* row = threadIdx.x < QUERY_TILE / 4 ? problem.row_lse : problem.row_d;
+          cp_async(stage + Tiles::Q::BYTES + Tiles::DO::BYTES + threadIdx.x * 16, row + first_row + tile * QUERY_TILE + threadIdx.x % (QUERY_TILE / 4) * 4, 16);
+        }
+        q += QUERY_TILE * problem.q.row_stride;
+        dout += QUERY_TILE * problem.dout.row_stride;
+      }
+      cp_async_commit();
+    };
+    if (head > 0) __syncthreads();   // every warp is done with the stages of the head before
+#pragma unroll
+    for (int stage = 0; stage < (STAGES > 1 ? STAGES - 1 : 1); ++stage) load_stage(first_tile + stage);
+
+    for (int query_tile = first_tile; query_tile < last_tile; ++query_tile) {
+      cp_async_wait<(STAGES > 1 ? STAGES - 2 : 0)>();
+      __syncthreads();
+      if constexpr (STAGES > 1) load_stage(query_tile + STAGES - 1);
+      keep_here(base);
+      const typename Tiles::K k_tile{base};
+      const typename Tiles::V v_tile{base + Tiles::K::BYTES};
+      const typename Tiles::S ds_tile{base + Tiles::SCORES}, p_tile{base + Tiles::SCORES + (SCORE_TILES - 1) * Tiles::S::BYTES};
+      const int first_query = query_tile * QUERY_TILE;
+      const u32 stage = stage_address(query_tile);
+      const typename Tiles::Q q_tile{stage};
+      const typename Tiles::DO do_tile{stage + Tiles::Q::BYTES};
+      const u32 statistics = stage + Tiles::Q::BYTES + Tiles::DO::BYTES + (column_group * QUERY_COLUMNS + lane % 4 * 2) * 4;
+
+      // Sᵀ = K Qᵀ, then Pᵀ
+      float p[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
+      {
+        const RowsOfA<typename Tiles::K> k_rows(k_tile, lane);
+        const ColumnsOfB<typename Tiles::Q> q_columns(q_tile, lane);
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP, true>(
+            p, [&](u32(&words)[4], int m, int k) { k_rows.load(words, key_row + m * 16, k); },
+            [&](u32(&words)[4], int column, int k) { q_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
+      }
+#pragma unroll
+      for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
+        u32 lse[2];
+        load_shared(lse[0], lse[1], statistics + n * 32);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) p[m][n][i] = exp2_approximate(fmaf(transform<OPTIONS>(problem, p[m][n][i]), factor, -__uint_as_float(lse[i % 2])));
+      }
+      int block_key = block.first_key;
+      keep_here(block_key);
+      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1)) {   // some query does not see the last key (or the last key does not exist)
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int key = block_key + key_row + m * 16 + half * 8 + lane / 4;
+            const int begin = block.visible.query_begin(key) - first_query - column_group * QUERY_COLUMNS - lane % 4 * 2;   // this lane's columns are n · 8 and n · 8 + 1 from here
+#pragma unroll
+            for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                if (n * 8 + i < begin) p[m][n][2 * half + i] = 0.0f;
+          }
+      }
+
+      // dV += Pᵀ dO, with Pᵀ from registers, or (COLUMN_GROUPS > 1) with the columns of every group from shared memory. Where memory allows a tile of its
+      // own for Pᵀ, it is read together with dSᵀ, after one wait for both.
+      auto store_scores = [&](const typename Tiles::S& tile, const auto& d) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) store_accumulators<PRECISION, QUERY_COLUMNS>(tile, key_row + m * 16, column_group * QUERY_COLUMNS, lane, d[m]);
+      };
+      auto load_scores = [&](u32(&words)[4], const RowsOfAForRowsOfB<typename Tiles::S>& rows, const auto& d, int m, int k) {
+        if constexpr (COLUMN_GROUPS > 1) rows.load(words, key_row + m * 16, k);
+        else words_of_accumulators<PRECISION, QUERY_COLUMNS>(words, d[m], k);
+      };
+      auto add_to_dv = [&] {
+        const RowsOfB<typename Tiles::DO> do_rows(do_tile, lane);
+        const RowsOfAForRowsOfB<typename Tiles::S> p_rows(p_tile, lane);
+        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, false>(
+            dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, p, m, k); },
+            [&](u32(&words)[4], int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
+      };
+      if constexpr (COLUMN_GROUPS > 1) store_scores(p_tile, p);
+      if constexpr (SCORE_TILES == 1) {
+        if constexpr (COLUMN_GROUPS > 1) __syncthreads();
+        add_to_dv();
+      }
+
+      // dPᵀ = V dOᵀ, then dSᵀ
+      float ds[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
+      {
+        const RowsOfA<typename Tiles::V> v_rows(v_tile, lane);
+        const ColumnsOfB<typename Tiles::DO> do_columns(do_tile, lane);
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, VALUE_DIM / K_STEP, true>(
+            ds, [&](u32(&words)[4], int m, int k) { v_rows.load(words, key_row + m * 16, k); },
+            [&](u32(&words)[4], int column, int k) { do_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
+      }
+#pragma unroll
+      for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
+        u32 d[2];
+        load_shared(d[0], d[1], statistics + QUERY_TILE * 4 + n * 32);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - __uint_as_float(d[i % 2]));
+      }
+      if constexpr (COLUMN_GROUPS > 1 && SCORE_TILES == 1) __syncthreads();   // every warp has read Pᵀ
+      if constexpr (COLUMN_GROUPS > 1 || QUERY_GRADIENT) {
+        store_scores(ds_tile, ds);
+        __syncthreads();
+      }
+      if constexpr (SCORE_TILES == 2) add_to_dv();
+
+      // dK += dSᵀ Q, likewise
+      {
+        const RowsOfB<typename Tiles::Q> q_rows(q_tile, lane);
+        const RowsOfAForRowsOfB<typename Tiles::S> ds_rows(ds_tile, lane);
+        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, false>(
+            dk, [&](u32(&words)[4], int m, int k) { load_scores(words, ds_rows, ds, m, k); },
+            [&](u32(&words)[4], int column, int k) { q_rows.load(words, k, column_group * HEAD_COLUMNS + column); });
+      }
+
+      // dQ += dS K: a warp takes 16 · DQ_ROW_TILES queries and DQ_COLUMNS columns over all keys of the block
+      if constexpr (QUERY_GRADIENT) {
+        constexpr int ROW_GROUPS = QUERY_TILE / (16 * DQ_ROW_TILES), DQ_COLUMNS = HEAD_DIM * ROW_GROUPS / WARPS;
+        constexpr int CHUNK = DQ_COLUMNS % 64 == 0 ? 64 : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
+        static_assert(WARPS % ROW_GROUPS == 0 && CHUNK % 16 == 0, "dQ is divided evenly among the warps");
+        int thread = threadIdx.x;
+        keep_here(thread);
+        const int row = thread / 32 % ROW_GROUPS * 16 * DQ_ROW_TILES, first_column = thread / 32 / ROW_GROUPS * DQ_COLUMNS;
+        const ColumnsOfA<typename Tiles::S> ds_columns(ds_tile, lane);
+        const RowsOfB<typename Tiles::K> k_rows(k_tile, lane);
+#pragma unroll
+        for (int chunk = 0; chunk < DQ_COLUMNS; chunk += CHUNK) {
+          const int column = first_column + chunk;
+          float dq[DQ_ROW_TILES][CHUNK / 8][4] = {};
+          accumulate<PRECISION, DQ_ROW_TILES, CHUNK, KEY_TILE / K_STEP, true>(
+              dq, [&](u32(&words)[4], int m, int k) { ds_columns.load(words, k, row + m * 16); },
+              [&](u32(&words)[4], int n, int k) { k_rows.load(words, k, column + n); });
+          float* target = problem.dq_sum + (first_row + first_query + row + thread % 32 / 4) * HEAD_DIM + column + thread % 4 * 2;
+#pragma unroll
+          for (int m = 0; m < DQ_ROW_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+              for (int n = 0; n < CHUNK / 8; ++n) reduce_add(target + (m * 16 + half * 8) * HEAD_DIM + n * 8, dq[m][n][2 * half], dq[m][n][2 * half + 1]);
+        }
+      }
+      if constexpr (STAGES == 1) {
+        __syncthreads();
+        load_stage(query_tile + 1);
+      }
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();
+  const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, block_index_again());
+  Place target = block.place;
+  if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
+  store_gradient<PRECISION, ROW_TILES, HEAD_COLUMNS, Tiles::THREADS>(problem, problem.dk, target, typename Tiles::K{base}, dk, problem.scale, key_row,
+                                                                     column_group * HEAD_COLUMNS, block.first_key, problem.keys, lane);
+  store_gradient<PRECISION, ROW_TILES, VALUE_COLUMNS, Tiles::THREADS>(problem, problem.dv, target, typename Tiles::V{base + Tiles::K::BYTES}, dv, 1.0f, key_row,
+                                                                      column_group * VALUE_COLUMNS, block.first_key, problem.keys, lane);
+}

@@ -1,0 +1,168 @@
+// Fragments of matrix products by mma.sync: loading them from shared tiles, making them from accumulators, multiplying.
+// One step along k is 32 bytes: 16 elements of 16 bits or 8 of float32.
+//
+// Accumulators hold columns (2t, 2t + 1), which for 16-bit types are also one word of an A fragment; a float32 A fragment wants columns (t, t + 4).
+// The order along k is free as long as A and B agree, so float32 fragments made from accumulators, and those read against their tile's rows
+// ("transposed"), take k in the order 2t, 2t + 1.
+#pragma once
+#include "ptx/mma_sm80.cuh"
+#include "shared_tile.cuh"
+
+// What mma takes: for FLOAT32 every x is high + low with high = x rounded to tf32, so that x·y = high·high + high·low + low·high up to 2^-22 |x·y|.
+template <int PRECISION, int WORDS> struct Fragment { u32 high[WORDS], low[WORDS]; };
+
+template <int PRECISION, int WORDS> __device__ __forceinline__ Fragment<PRECISION, WORDS> fragment(const u32* words) {
+  Fragment<PRECISION, WORDS> f;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    if constexpr (PRECISION == FLOAT16 || PRECISION == BFLOAT16) {
+      f.high[i] = words[i];
+    } else {
+      f.high[i] = round_to_tfloat32(words[i]);
+      if constexpr (PRECISION == FLOAT32) f.low[i] = __float_as_uint(__uint_as_float(words[i]) - __uint_as_float(f.high[i]));
+    }
+  }
+  return f;
+}
+
+template <int PRECISION> __device__ __forceinline__ void multiply(float (&d)[4], const Fragment<PRECISION, 4>& a, const Fragment<PRECISION, 2>& b) {
+  if constexpr (PRECISION == FLOAT16) mma_float16(d, a.high, b.high);
+  else if constexpr (PRECISION == BFLOAT16) mma_bfloat16(d, a.high, b.high);
+  else {
+    if constexpr (PRECISION == FLOAT32) {
+      mma_tfloat32(d, a.low, b.high);
+      mma_tfloat32(d, a.high, b.low);
+    }
+    mma_tfloat32(d, a.high, b.high);
+  }
+}
+
+// A fragments of 16 rows from a tile whose rows run along k.
+template <typename Tile> struct RowsOfA {
+  LaneView<Tile> view;
+  __device__ __forceinline__ RowsOfA(const Tile& tile, int lane) : view(tile, lane % 16, lane / 16) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int row, int step) const { ldmatrix(words, view.at(row, 2 * step)); }
+};
+
+// B fragments of two neighbouring groups of 8 columns from a tile that holds the columns as rows along k.
+template <typename Tile> struct ColumnsOfB {
+  LaneView<Tile> view;
+  __device__ __forceinline__ ColumnsOfB(const Tile& tile, int lane) : view(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int column, int step) const { ldmatrix(words, view.at(column, 2 * step)); }
+};
+
+// B fragments of two neighbouring groups of 8 columns from a tile whose rows are steps of k.
+template <typename Tile, bool SIXTEEN_BITS = sizeof(typename Tile::Element) == 2> struct RowsOfB {
+  LaneView<Tile> view;
+  __device__ __forceinline__ RowsOfB(const Tile& tile, int lane) : view(tile, lane % 16, lane / 16) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int step, int column) const { ldmatrix_transposed(words, view.at(step * 16, column / 8)); }
+};
+template <typename Tile> struct RowsOfB<Tile, false> {
+  LaneView<Tile> even, odd;
+  __device__ __forceinline__ RowsOfB(const Tile& tile, int lane)
+      : even(tile, lane % 4 * 2, lane / 16, lane / 4 % 4 * 4), odd(tile, lane % 4 * 2 + 1, lane / 16, lane / 4 % 4 * 4) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int step, int column) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      words[2 * i] = load_shared(even.at(step * 8, column / 4 + 2 * i));
+      words[2 * i + 1] = load_shared(odd.at(step * 8, column / 4 + 2 * i));
+    }
+  }
+};
+
+// A fragments of 16 columns of a tile whose rows are steps of k.
+template <typename Tile, bool SIXTEEN_BITS = sizeof(typename Tile::Element) == 2> struct ColumnsOfA {
+  LaneView<Tile> view;
+  __device__ __forceinline__ ColumnsOfA(const Tile& tile, int lane) : view(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int step, int row) const { ldmatrix_transposed(words, view.at(step * 16, row / 8)); }
+};
+template <typename Tile> struct ColumnsOfA<Tile, false> {
+  RowsOfB<Tile> columns;
+  __device__ __forceinline__ ColumnsOfA(const Tile& tile, int lane) : columns(tile, lane) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int step, int row) const {
+    u32 b[4];
+    columns.load(b, step, row);
+    words[0] = b[0], words[1] = b[2], words[2] = b[1], words[3] = b[3];
+  }
+};
+
+// A fragments of 16 rows of a tile along k, in the order of k that RowsOfB has.
+template <typename Tile, bool SIXTEEN_BITS = sizeof(typename Tile::Element) == 2> struct RowsOfAForRowsOfB : RowsOfA<Tile> {
+  using RowsOfA<Tile>::RowsOfA;
+};
+template <typename Tile> struct RowsOfAForRowsOfB<Tile, false> {
+  LaneView<Tile> view;
+  __device__ __forceinline__ RowsOfAForRowsOfB(const Tile& tile, int lane) : view(tile, lane / 4, lane / 2 % 2, lane % 2 * 8) {}
+  __device__ __forceinline__ void load(u32 (&words)[4], int row, int step) const {
+    load_shared(words[0], words[2], view.at(row, 2 * step));
+    load_shared(words[1], words[3], view.at(row + 8, 2 * step));
+  }
+};
+
+// The A fragment of step `step` out of the accumulators of 16 rows.
+template <int PRECISION, int COLUMNS> __device__ __forceinline__ void words_of_accumulators(u32 (&words)[4], const float (&d)[COLUMNS / 8][4], int step) {
+  if constexpr (PRECISION == FLOAT16 || PRECISION == BFLOAT16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = pack<PRECISION>(d[2 * step + i / 2][i % 2 * 2], d[2 * step + i / 2][i % 2 * 2 + 1]);
+  } else {
+    words[0] = __float_as_uint(d[step][0]), words[1] = __float_as_uint(d[step][2]), words[2] = __float_as_uint(d[step][1]), words[3] = __float_as_uint(d[step][3]);
+  }
+}
+
+// Accumulators of 16 rows (first row `row`) into a tile, at column `column` on; converted to the tile's type.
+template <int PRECISION, int COLUMNS, typename Tile>
+__device__ __forceinline__ void store_accumulators(const Tile& tile, int row, int column, int lane, const float (&d)[COLUMNS / 8][4]) {
+  constexpr int PER_CHUNK = 16 / (int)sizeof(typename Tile::Element);
+#pragma unroll
+  for (int n = 0; n < COLUMNS / 8; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int at_row = row + half * 8 + lane / 4, at_column = column + n * 8 + lane % 4 * 2;
+      u32 address = tile.at(at_row, at_column / PER_CHUNK) + at_column % PER_CHUNK * (int)sizeof(typename Tile::Element);
+      if constexpr (PRECISION == FLOAT16 || PRECISION == BFLOAT16) store_shared(address, pack<PRECISION>(d[n][2 * half], d[n][2 * half + 1]));
+      else store_shared(address, __float_as_uint(d[n][2 * half]), __float_as_uint(d[n][2 * half + 1]));
+    }
+}
+
+// d[m][n] += A · B over STEPS steps of k for ROW_TILES x 16 rows and COLUMNS columns. `load_a(words, m, step)` and `load_b(words, column, step)` give
+// the fragments (b: two groups of 8 columns). The tensor cores add to an accumulator by truncation: over thousands of steps the error would all go one
+// way, so FLOAT32 sums a short chain from zero and adds it to the accumulator in round-to-nearest (Ootomo & Yokota 2022, section 3).
+template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool FRESH, typename LoadA, typename LoadB>
+__device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4], LoadA load_a, LoadB load_b) {
+  if constexpr (PRECISION == FLOAT32 && !FRESH) {
+    constexpr int GROUP = COLUMNS % 32 == 0 ? 32 : 16;
+#pragma unroll
+    for (int first = 0; first < COLUMNS; first += GROUP) {
+      float chain[ROW_TILES][GROUP / 8][4] = {};
+      accumulate<PRECISION, ROW_TILES, GROUP, STEPS, true>(chain, load_a, [&](u32(&words)[4], int column, int step) { load_b(words, first + column, step); });
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < GROUP / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) d[m][first / 8 + n][i] += chain[m][n][i];
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      Fragment<PRECISION, 4> a[ROW_TILES];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        u32 words[4];
+        load_a(words, m, step);
+        a[m] = fragment<PRECISION, 4>(words);
+      }
+#pragma unroll
+      for (int column = 0; column < COLUMNS; column += 16) {
+        u32 words[4];
+        load_b(words, column, step);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Fragment<PRECISION, 2> b = fragment<PRECISION, 2>(words + 2 * half);
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; ++m) multiply<PRECISION>(d[m][column / 8 + half], a[m], b);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,42 @@
+// Names for the built-in types (NVRTC ships no <cstdint>), the precisions, and conversions between float32 and the 16-bit types.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+// How a product is made. TFLOAT32 rounds float32 inputs to 11 significant bits; FLOAT32 keeps float32 accuracy by splitting each input in two such parts.
+enum Precision { FLOAT16 = 0, BFLOAT16 = 1, TFLOAT32 = 2, FLOAT32 = 3 };
+
+struct half_t { u16 bits; };
+struct bfloat_t { u16 bits; };
+
+template <int PRECISION> struct ElementOf { using type = float; };
+template <> struct ElementOf<FLOAT16> { using type = half_t; };
+template <> struct ElementOf<BFLOAT16> { using type = bfloat_t; };
+
+__device__ __forceinline__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// What is derived from `x` is worked out from here on, not before: hoisted out of the main loop it would take registers that the accumulators need.
+template <typename T> __device__ __forceinline__ void keep_here(T& x) { asm volatile("" : "+r"(x)); }
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(half_t x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+__device__ __forceinline__ float to_float(bfloat_t x) { return __uint_as_float((u32)x.bits << 16); }
+
+__device__ __forceinline__ void from_float(float& y, float x) { y = x; }
+__device__ __forceinline__ void from_float(half_t& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void from_float(bfloat_t& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+
+// Two neighbours in one register, the first in the low half.
+template <int PRECISION> __device__ __forceinline__ u32 pack(float first, float second) {
+  u32 packed;
+  if constexpr (PRECISION == FLOAT16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

@@ -1,0 +1,298 @@
+"""Bad calls raise before any work, and the message names the argument, what it is and what is allowed."""
+
+import contextlib
+import re
+
+import ml_dtypes
+import numpy
+import pytest
+from support import Arrays, cupy
+
+import cuflash
+from cuflash import api, options
+
+
+@pytest.fixture
+def qkv(arrays):
+    return dict(zip("qkv", arrays.qkv(20, 30, 16, 8, lead=(2, 4))))
+
+
+@contextlib.contextmanager
+def raises(error, message):
+    """The error comes before any work: no backend is reached."""
+
+    def backend(problem):
+        raise AssertionError("a backend was reached")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=re.escape(message)):
+        patch.setattr(api, "_backend", backend)
+        yield
+
+
+def refused(error, message, **call):
+    with raises(error, message):
+        cuflash.attention(**call)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [[[1.0]], (1.0,), 1.0, None, "text", numpy.float32(1), range(3)])
+def test_kinds(qkv, name, bad):
+    qkv[name] = bad
+    kind = f"{type(bad).__module__}.{type(bad).__qualname__}"
+    refused(TypeError, f"{name} is a {kind}; allowed: NumPy arrays, CuPy arrays", **qkv)
+
+
+def test_masked_array(seed):
+    q, k, v = Arrays(numpy, "float32", seed).qkv(4, 5)
+    refused(TypeError, "k is a numpy.ma.MaskedArray", q=q, k=numpy.ma.masked_array(k), v=v)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "bool"])
+def test_dtypes(arrays, dtype):
+    q = arrays.xp.zeros((4, 4), dtype)
+    refused(TypeError, f"q has dtype {dtype}; allowed: float16, bfloat16", q=q, k=q, v=q)
+
+
+@pytest.mark.parametrize("dtype", ["S4", "O", "M8[s]", "f4,f4", ml_dtypes.float8_e4m3fn, numpy.longdouble])
+def test_dtypes_of_numpy(dtype):
+    q = numpy.zeros((4, 4), dtype)
+    refused(TypeError, "q has dtype", q=q, k=q, v=q)
+
+
+def test_byte_order():
+    q = numpy.zeros((4, 4), ">f4")
+    refused(TypeError, "q has dtype byte-swapped float32; allowed", q=q, k=q, v=q)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_one_dtype(qkv, name):
+    qkv[name] = qkv[name].astype(numpy.float16)
+    refused(TypeError, f"{name} has dtype float16 and q has float32; allowed: one dtype", **qkv)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_is_not_implemented(arrays, dtype):
+    q = arrays.xp.zeros((4, 4), dtype)
+    refused(NotImplementedError, f"q has dtype {dtype}, which is not implemented yet", q=q, k=q, v=q)
+
+
+@pytest.mark.gpu
+def test_float64_on_gpu_is_not_implemented():
+    q = cupy.zeros((4, 4))
+    refused(NotImplementedError, "q has dtype float64 on a GPU", q=q, k=q, v=q)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_numpy_mixed_with_cupy(seed, name):
+    call = dict(zip("qkv", Arrays(cupy, "float32", seed).qkv(4, 5)))
+    call[name] = cupy.asnumpy(call[name])
+    refused(TypeError, "a NumPy array", **call)
+    refused(TypeError, "allowed: all arrays NumPy, or all on one GPU", **call)
+
+
+@pytest.mark.gpu
+def test_two_gpus(seed):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = Arrays(cupy, "float32", seed).qkv(4, 5)
+    with cupy.cuda.Device(1):
+        k = cupy.asarray(k)
+    refused(TypeError, "k is on GPU 1 and q is on GPU 0", q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((16,), (30, 16), (30, 8), "q has shape (16,); allowed: at least two dimensions"),
+        ((20, 16), (), (30, 8), "k has shape (); allowed: at least two dimensions"),
+        ((20, 16), (30, 15), (30, 8), "k has shape (30, 15) and q has (20, 16); allowed: the same last dimension E"),
+        ((20, 16), (30, 16), (31, 8), "v has shape (31, 8) and k has (30, 16); allowed: the same length S"),
+        ((20, 0), (30, 0), (30, 8), "q and k have a last dimension of 0; allowed: 1 to 256"),
+        ((20, 257), (30, 257), (30, 8), "q and k have a last dimension of 257; allowed: 1 to 256"),
+        ((20, 16), (30, 16), (30, 0), "v has a last dimension of 0; allowed: 1 to 256"),
+        ((20, 16), (30, 16), (30, 300), "v has a last dimension of 300; allowed: 1 to 256"),
+        ((4, 20, 16), (3, 30, 16), (4, 30, 8), "k has shape (3, 30, 16) and q has (4, 20, 16): 3 and 4 heads (axis -3); allowed: a number"),
+        ((4, 20, 16), (4, 30, 16), (8, 30, 8), "v has shape (8, 30, 8)"),
+        ((1, 20, 16), (2, 30, 16), (4, 30, 8), "v has shape (4, 30, 8)"),
+        ((4, 20, 16), (0, 30, 16), (4, 30, 8), "k has shape (0, 30, 16)"),
+        ((0, 20, 16), (3, 30, 16), (0, 30, 8), "k has shape (3, 30, 16)"),
+        ((2, 4, 20, 16), (3, 4, 30, 16), (1, 4, 30, 8), "dimensions in front of the heads axis (-3) that broadcast together"),
+    ],
+)
+def test_shapes(arrays, q, k, v, message):
+    refused(ValueError, message, q=arrays.normal(*q), k=arrays.normal(*k), v=arrays.normal(*v))
+
+
+@pytest.mark.parametrize("scale", [numpy.nan, numpy.inf, -numpy.inf, 1e39, numpy.float64("nan")])
+def test_scale_must_be_finite(qkv, scale):
+    refused(ValueError, f"scale is {float(scale)!r}; allowed: a number that is finite in float32", **qkv, scale=scale)
+
+
+def test_scale_of_float64():
+    q = numpy.zeros((4, 4))
+    refused(ValueError, "scale is inf; allowed: a number that is finite in float64", q=q, k=q, v=q, scale=numpy.inf)
+
+
+@pytest.mark.parametrize("scale", ["1", True, [1.0], 1j, numpy.zeros(2)])
+def test_scale_must_be_a_number(qkv, scale):
+    refused(TypeError, f"scale is {scale!r} of type", **qkv, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["causal", "deterministic"])
+@pytest.mark.parametrize("value", [0, 1, None, "yes", numpy.zeros(1, bool)])
+def test_flags(qkv, name, value):
+    refused(TypeError, f"{name} is {value!r} of type", **qkv, **{name: value})
+
+
+@pytest.mark.parametrize("precision", [32, True, numpy.float32])
+def test_precision_kind(qkv, precision):
+    refused(TypeError, "precision is", **qkv, precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["float16", "float64", "TF32", ""])
+def test_precision_of_float32(qkv, precision):
+    refused(ValueError, f"precision is {precision!r}; allowed for float32 arrays: None or 'float32' or 'tf32'", **qkv, precision=precision)
+
+
+def test_precision_of_other_dtypes(qkv):
+    half = {name: array.astype(numpy.float16) for name, array in qkv.items()}
+    refused(ValueError, "precision is 'tf32'; allowed for float16 arrays: None or 'float16'", **half, precision="tf32")
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "message"),
+    [
+        (True, TypeError, "offset is True of type bool"),
+        (numpy.True_, TypeError, "offset is np.True_"),
+        (1.5, TypeError, "offset is 1.5 of type float"),
+        (numpy.float32(1), TypeError, "offset is np.float32(1.0)"),
+        ("3", TypeError, "offset is '3' of type str"),
+        ({}, TypeError, "offset is a builtins.dict"),
+        ([1.5, 2.5], TypeError, "offset has dtype float64"),
+        ([True, False], TypeError, "offset has dtype bool"),
+        ([1, 2, 3], ValueError, "offset has shape (3,); allowed: a shape that broadcasts to the batch dimensions (2,)"),
+        ([[1, 2]], ValueError, "offset has shape (1, 2)"),
+        ([[1], [2, 3]], ValueError, "of uneven lengths"),
+        (2**63, ValueError, f"offset is {2**63}; allowed: -2**62 to 2**62"),
+        (-(2**62) - 1, ValueError, "allowed: -2**62 to 2**62"),
+        ([0, 2**62 + 1], ValueError, f"offset has values from 0 to {2**62 + 1}"),
+        ([0, -(2**63)], ValueError, "allowed: -2**62 to 2**62"),
+    ],
+)
+def test_offset(qkv, offset, error, message):
+    refused(error, message, **qkv, offset=offset)
+
+
+def test_offset_arrays(arrays, qkv):
+    refused(TypeError, "offset has dtype float32", **qkv, offset=arrays.xp.zeros(2, numpy.float32))
+    refused(TypeError, "offset has dtype uint64", **qkv, offset=arrays.xp.zeros(2, numpy.uint64))
+    refused(ValueError, "offset has shape (3,)", **qkv, offset=arrays.xp.zeros(3, numpy.int64))
+
+
+@pytest.mark.gpu
+def test_offset_of_the_other_module(seed):
+    q, k, v = Arrays(cupy, "float32", seed).qkv(4, 5, lead=(2, 1))
+    refused(TypeError, "offset is a NumPy array and q is on GPU 0", q=q, k=k, v=v, offset=numpy.zeros(2, int))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window", 3),
+        ("window", (1, None)),
+        ("mask", numpy.ones((20, 30), bool)),
+        ("bias", numpy.zeros((20, 30))),
+        ("softcap", 30.0),
+        ("alibi_slopes", numpy.zeros(4)),
+        ("sinks", numpy.zeros(4)),
+        ("q_lengths", [3, 4]),
+        ("kv_lengths", [3, 4]),
+        ("cu_seqlens", ([0, 20], [0, 30])),
+        ("dropout", 0.1),
+        ("seed", 0),
+    ],
+)
+def test_reserved_options(qkv, name, value):
+    refused(NotImplementedError, f"{name} is not implemented yet", **qkv, **{name: value})
+
+
+def test_defaults_are_allowed(qkv):
+    expected = cuflash.attention(**qkv)
+    assert (cuflash.attention(**qkv, **options.DEFAULTS) == expected).all()
+    assert (cuflash.attention(**qkv, dropout=0) == expected).all()
+    assert (cuflash.attention(**qkv, precision="float32", scale=numpy.float64(0.25)) == expected).all()
+
+
+def test_unknown_option(qkv):
+    refused(TypeError, "unexpected keyword argument 'casual'; allowed: scale, offset, causal", **qkv, casual=True)
+
+
+def test_options_are_keyword_only(qkv):
+    with pytest.raises(TypeError):
+        cuflash.attention(qkv["q"], qkv["k"], qkv["v"], 0.5)
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (lambda a: a[:1], ValueError, "has shape (1, 4, 20"),
+        (lambda a: a[..., None], ValueError, "has shape (2, 4, 20"),
+        (lambda a: a.astype(numpy.float16), TypeError, "has dtype float16; allowed here: float32"),
+        (lambda a: a.astype(numpy.float64), TypeError, "has dtype float64; allowed here: float32"),
+        (lambda a: [1.0], TypeError, "is a builtins.list"),
+    ],
+)
+def test_backward_arrays(arrays, qkv, name, bad, error, message):
+    call = {"dout": arrays.normal(2, 4, 20, 8), "out": arrays.normal(2, 4, 20, 8), "lse": arrays.normal(2, 4, 20), "dlse": arrays.normal(2, 4, 20)}
+    call[name] = bad(call[name])
+    with raises(error, f"{name} {message}"):
+        cuflash.attention_backward(**call, **qkv)
+
+
+def test_lse_of_16_bit_arrays_is_float32(arrays):
+    q, k, v = (a.astype(numpy.float16) for a in arrays.qkv(4, 5))
+    with raises(TypeError, "lse has dtype float16; allowed here: float32"):
+        cuflash.attention_backward(q, q, k, v, q, q[:, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])
+def test_backward_arrays_of_the_other_module(seed, name):
+    arrays = Arrays(cupy, "float32", seed)
+    q, k, v = arrays.qkv(4, 5, 8)
+    call = {"dout": arrays.normal(4, 8), "out": arrays.normal(4, 8), "lse": arrays.normal(4), "dlse": arrays.normal(4)}
+    call[name] = cupy.asnumpy(call[name])
+    with raises(TypeError, f"{name} is a NumPy array and q is on GPU 0"):
+        cuflash.attention_backward(**call, q=q, k=k, v=v)
+
+
+def test_vjp_arguments(arrays, qkv):
+    _, vjp = cuflash.attention_vjp(**qkv)
+    with raises(ValueError, "dout has shape (3,); allowed here: (2, 4, 20, 8)"):
+        vjp(arrays.normal(3))
+    with raises(TypeError, "dlse has dtype float16"):
+        vjp(arrays.normal(2, 4, 20, 8), arrays.normal(2, 4, 20, dtype=numpy.float16))
+    with raises(TypeError, "dout is a builtins.NoneType"):
+        vjp(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda outs, lses: ([], []), ValueError, "merge got 0 outs and 0 lses; allowed: as many of each, at least one"),
+        (lambda outs, lses: (outs, lses[:1]), ValueError, "merge got 2 outs and 1 lses"),
+        (lambda outs, lses: ([outs[0], outs[1][:2]], lses), ValueError, "outs[1] has shape (2, 8); allowed here: (4, 8)"),
+        (lambda outs, lses: (outs, [lses[0], lses[1][:2]]), ValueError, "lses[1] has shape (2,); allowed here: (4,)"),
+        (lambda outs, lses: ([outs[0], outs[1].astype(numpy.float16)], lses), TypeError, "outs[1] has dtype float16; allowed here: float32"),
+        (lambda outs, lses: (outs, [lses[0].astype(numpy.float64), lses[1]]), TypeError, "lses[0] has dtype float64; allowed here: float32"),
+        (lambda outs, lses: ([outs[0], [1.0]], lses), TypeError, "outs[1] is a builtins.list"),
+        (lambda outs, lses: ([out.astype(numpy.int32) for out in outs], lses), TypeError, "outs[0] has dtype int32; allowed: float16"),
+        (lambda outs, lses: (lses, lses), ValueError, "outs[0] has shape (4,); allowed: at least two dimensions"),
+    ],
+)
+def test_merge(arrays, change, error, message):
+    outs, lses = change([arrays.normal(4, 8), arrays.normal(4, 8)], [arrays.normal(4), arrays.normal(4)])
+    with pytest.raises(error, match=re.escape(message)):
+        cuflash.merge(outs, lses)
