@@ -25,7 +25,8 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m cuflash", description="Exact attention for CuPy and NumPy arrays.")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    demo = commands.add_parser("demo", help="denoise a real seismogram by exact non-local means, and draw it", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    demo = commands.add_parser("demo", help="denoise a real seismogram by exact non-local means, and draw it", **defaults)
     demo.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute; auto takes the GPU if there is one")
     demo.add_argument("--samples", type=int, help="length of the window around the strongest event (default: all 936,001 on a GPU, 65,536 without)")
     demo.add_argument("--snr", type=float, default=5.0, help="signal-to-noise ratio, in dB, after noise is added")
@@ -37,7 +38,7 @@ def _parser():
     info = commands.add_parser("info", help="what cuflash found here: GPU, driver, CuPy, NVRTC, kernels")
     info.add_argument("--json", action="store_true", help="as JSON")
 
-    warmup = commands.add_parser("warmup", help="compile kernels into CuPy's cache before they are needed", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    warmup = commands.add_parser("warmup", help="compile kernels into CuPy's cache before they are needed", **defaults)
     warmup.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "tf32"), default=["float16", "bfloat16", "float32"], help="dtypes")
     warmup.add_argument("--head-dim", nargs="+", type=_head_dim, default=[64, 128], help="head dims, 1 to 256")
     return parser

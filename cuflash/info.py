@@ -42,6 +42,12 @@ def collect():
         facts["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
         facts["why"] = f"NVRTC cannot be loaded ({_one_line(error)}); the [ctk] extra of CuPy installs it"
+    try:
+        from cuflash import cupy_backend
+
+        facts["kernels"] = {name: _plain(value) for name, value in cupy_backend.describe().items()}
+    except Exception as error:
+        facts["why"] = facts["why"] or f"the kernels cannot be used ({_one_line(error)})"
     if not cupy.cuda.is_available():
         facts["why"] = facts["why"] or "CuPy sees no GPU with a working driver"
         return facts
@@ -49,15 +55,11 @@ def collect():
     facts["cuda_driver"] = _cuda_version(runtime.driverGetVersion())
     facts["driver"] = _driver()
     facts["gpus"] = [_gpu(runtime.getDeviceProperties(index)) for index in range(runtime.getDeviceCount())]
-    try:
-        from cuflash import cupy_backend
-
-        facts["kernels"] = {name: _plain(value) for name, value in cupy_backend.describe().items()}
-    except Exception as error:
-        facts["why"] = facts["why"] or f"the kernels cannot be used ({_one_line(error)})"
-        return facts
-    if facts["nvrtc"] is not None:
-        facts["runs_on"] = "CuPy arrays on their GPU, NumPy arrays on the CPU"
+    if facts["why"] is None:
+        if facts["kernels"]["family"] is None:
+            facts["why"] = facts["kernels"]["why"]
+        else:
+            facts["runs_on"] = "CuPy arrays on their GPU, NumPy arrays on the CPU"
     return facts
 
 
@@ -65,7 +67,8 @@ def as_text(facts):
     rows = [(name, facts[name]) for name in ("cuflash", "python", "platform", "numpy", "cupy", "nvrtc")]
     driver = facts["driver"] and f"{facts['driver']} (CUDA {facts['cuda_driver']})"
     rows.append(("driver", driver or (facts["cuda_driver"] and f"CUDA {facts['cuda_driver']}")))
-    rows += [(f"gpu {index}", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB") for index, gpu in enumerate(facts["gpus"])]
+    for index, gpu in enumerate(facts["gpus"]):
+        rows.append((f"gpu {index}", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"))
     if not facts["gpus"]:
         rows.append(("gpu", None))
     rows += [(f"kernels: {name.replace('_', ' ')}", value) for name, value in (facts["kernels"] or {}).items()]
@@ -78,7 +81,7 @@ def as_text(facts):
 
 def warmup(chosen):
     facts = collect()
-    if not facts["gpus"] or facts["kernels"] is None:
+    if facts["why"] is not None:
         print(f"warmup compiles for the GPU that will run the kernels, and there is none to use: {facts['why']}", file=sys.stderr)
         return 1
     from cuflash import cupy_backend

@@ -296,7 +296,12 @@ class _Kernel:
 
     def buffer(self, *shape):
         """An empty array for features (..., length, features) and, behind them, the columns of the norm."""
-        return self.xp.empty((*shape[:-1], shape[-1] + self.norm_columns), self.compute_dtype)
+        return self.empty_rows(*shape[:-1], shape[-1] + self.norm_columns)
+
+    def empty_rows(self, *shape):
+        """On a GPU every row starts at a multiple of 16 bytes, where the kernels read it in place: otherwise each call of attention would copy."""
+        columns = shape[-1] if self.xp is numpy else -(-shape[-1] * self.compute_dtype.itemsize // 16) * 16 // self.compute_dtype.itemsize
+        return self.xp.empty((*shape[:-1], columns), self.compute_dtype)[..., : shape[-1]]
 
     def finish_queries(self, buffer):
         buffer[..., -self.norm_columns :] = self.norm_scale
@@ -311,6 +316,14 @@ class _Kernel:
                 piece = self.rounded(rest)
                 part[..., column] = piece
                 rest = rest - piece.astype(self.work_dtype)
+
+    def unit_size(self, dout):
+        """Its size, and dout divided by it: gradients are linear in dout, whose units could be beyond the range of float16."""
+        if not dout.size:
+            return 1, dout.astype(self.compute_dtype)
+        size = self.xp.abs(dout).max()
+        size = self.xp.where(size > 0, size, self.xp.ones_like(size))
+        return size, (dout / size).astype(self.compute_dtype)
 
     def query_gradient(self, dq):
         return dq[..., : -self.norm_columns].astype(self.work_dtype)
@@ -365,12 +378,12 @@ class _Regression:
 
         def vjp(dout):
             """Gradients of (queries, keys, values, bandwidth), given that of the result."""
-            dout = _gradient_of("dout", dout, result).astype(kernel.compute_dtype).reshape(out.shape)
+            size, dout = kernel.unit_size(_gradient_of("dout", dout, result).astype(work).reshape(out.shape))
             dq, dk, dv = attention_gradients(dout)
-            da, db = kernel.query_gradient(dq), kernel.key_gradient(dk, self.k)
+            da, db = kernel.query_gradient(dq) * size, kernel.key_gradient(dk, self.k) * size
             stretch = sum((g * array.astype(work)).reshape(-1, array.shape[-1]).sum(0) for g, array in ((da, self.a), (db, self.b)))
             dbandwidth = _sum_to(-stretch / self.bandwidth, self.bandwidth.shape)
-            gradients = (da / self.bandwidth, db / self.bandwidth, dv)
+            gradients = (da / self.bandwidth, db / self.bandwidth, dv.astype(work) * size)
             return *(g.astype(kernel.dtype).reshape(shape) for g, shape in zip(gradients, self.shapes)), dbandwidth
 
         return result, vjp
@@ -446,7 +459,9 @@ class _Means:
         return buffer
 
     def _values(self):
-        return self.u.swapaxes(-1, -2)
+        values = self.kernel.empty_rows(*self.u.shape[:-2], self.length, self.u.shape[-2])
+        values[...] = self.u.swapaxes(-1, -2)
+        return values
 
     def _result(self, out):
         """Smoothed u of shape (..., N, channels) -> y in the shape of x."""
@@ -476,10 +491,11 @@ class _Means:
         def vjp(dy):
             """Gradients of (x, bandwidth), given that of y."""
             dy = self._rows(_gradient_of("dy", dy, y)).astype(work)
-            dq, dk, dv = attention_gradients((dy * self.h).swapaxes(-1, -2).astype(kernel.compute_dtype))
+            size, dout = kernel.unit_size((dy * self.h).swapaxes(-1, -2))
+            dq, dk, dv = attention_gradients(dout)
             dpatches = kernel.query_gradient(dq) + kernel.key_gradient(dk, keys)
             # y = h f((x - mean) / h) + mean, and f(u + c) = f(u) + c: moving the mean changes nothing.
-            du = self._unpatch(dpatches) + dv.swapaxes(-1, -2).astype(work)
+            du = (self._unpatch(dpatches) + dv.swapaxes(-1, -2).astype(work)) * size
             stretch = dy * out.swapaxes(-1, -2).astype(work) - du * self.u.astype(work) / self.h
             return self._shaped(du / self.h), _sum_to(stretch.sum((-1, -2)), self.bandwidth.shape)
 
@@ -573,5 +589,9 @@ def _broadcasts_to(shape, target):
 
 def _sum_to(array, shape):
     """Summed over the dimensions along which `shape` was broadcast."""
-    array = array.sum(tuple(range(array.ndim - len(shape))))
-    return array.sum(tuple(axis for axis, length in enumerate(shape) if length == 1), keepdims=True).reshape(shape)
+    for _ in range(array.ndim - len(shape)):
+        array = array.sum(0)
+    for axis, length in enumerate(shape):
+        if length == 1:
+            array = array.sum(axis, keepdims=True)
+    return array.reshape(shape)

@@ -48,14 +48,11 @@ template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launc
 
   const i64 flat = block.place.flat(problem);
   if (lane == 0) {
-    float lse = infinity(), dlse = 0.0f;   // a row that does not exist, or saw no key: exp2(score - inf) = 0
-    if (exists) {
-      lse = block.place.rows<float>(problem.lse)[row * problem.lse.row_stride];
-      lse = lse == -infinity() ? infinity() : lse * 1.4426950408889634f;
-      if (problem.dlse.data) dlse = block.place.rows<float>(problem.dlse)[row * problem.dlse.row_stride];
-    }
-    problem.row_lse[flat * problem.padded_queries + row] = lse;
-    problem.row_d[flat * problem.padded_queries + row] = sum - dlse;
+    float lse = exists ? block.place.rows<float>(problem.lse)[row * problem.lse.row_stride] : -infinity();
+    const bool sees = lse != -infinity();   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
+    if (sees && problem.dlse.data) sum -= block.place.rows<float>(problem.dlse)[row * problem.dlse.row_stride];
+    problem.row_lse[flat * problem.padded_queries + row] = sees ? lse * 1.4426950408889634f : infinity();
+    problem.row_d[flat * problem.padded_queries + row] = sees ? sum : 0.0f;
   }
   if constexpr (ZERO_DQ_SUM) {
     float4* dq_sum = (float4*)(problem.dq_sum + (flat * problem.padded_queries + block.first) * HEAD_DIM);

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       auto add_to_dv = [&] {
         const RowsOfB<typename Tiles::DO> do_rows(do_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> p_rows(p_tile, lane);
-        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, false>(
+        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, false, 32>(
             dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, p, m, k); },
             [&](u32(&words)[4], int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
       };
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfB<typename Tiles::Q> q_rows(q_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> ds_rows(ds_tile, lane);
-        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, false>(
+        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, false, 32>(
             dk, [&](u32(&words)[4], int m, int k) { load_scores(words, ds_rows, ds, m, k); },
             [&](u32(&words)[4], int column, int k) { q_rows.load(words, k, column_group * HEAD_COLUMNS + column); });
       }
@@ -210,13 +210,14 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       // dQ += dS K: a warp takes 16 · DQ_ROW_TILES queries and DQ_COLUMNS columns over all keys of the block
       if constexpr (QUERY_GRADIENT) {
         constexpr int ROW_GROUPS = QUERY_TILE / (16 * DQ_ROW_TILES), DQ_COLUMNS = HEAD_DIM * ROW_GROUPS / WARPS;
-        constexpr int CHUNK = DQ_COLUMNS % 64 == 0 ? 64 : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
+        constexpr int MOST = sizeof(Element) == 2 && HEAD_DIM <= 128 ? 64 : 32, CHUNK = DQ_COLUMNS % MOST == 0 ? MOST : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
         static_assert(WARPS % ROW_GROUPS == 0 && CHUNK % 16 == 0, "dQ is divided evenly among the warps");
         int thread = threadIdx.x;
         keep_here(thread);
         const int row = thread / 32 % ROW_GROUPS * 16 * DQ_ROW_TILES, first_column = thread / 32 / ROW_GROUPS * DQ_COLUMNS;
-        const ColumnsOfA<typename Tiles::S> ds_columns(ds_tile, lane);
-        const RowsOfB<typename Tiles::K> k_rows(k_tile, lane);
+        keep_here(base);
+        const ColumnsOfA<typename Tiles::S> ds_columns(typename Tiles::S{base + Tiles::SCORES}, lane);
+        const RowsOfB<typename Tiles::K> k_rows(typename Tiles::K{base}, lane);
 #pragma unroll
         for (int chunk = 0; chunk < DQ_COLUMNS; chunk += CHUNK) {
           const int column = first_column + chunk;

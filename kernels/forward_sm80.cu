@@ -107,11 +107,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
           for (int i = 0; i < 4; ++i) scores[m][n][i] = transform<OPTIONS>(problem, scores[m][n][i]);
     }
     if (tile >= whole_tiles) {
+      int first_row = first_query;
+      keep_here(first_row);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = first_query + warp * Tiles::WARP_ROWS + m * 16 + half * 8 + lane / 4;
+          const int row = first_row + warp * Tiles::WARP_ROWS + m * 16 + half * 8 + lane / 4;
           const int end = visible.key_end(row) - tile * KEY_TILE - lane % 4 * 2;   // this lane's columns are n · 8 and n · 8 + 1 from here
 #pragma unroll
           for (int n = 0; n < KEY_TILE / 8; ++n)

@@ -126,11 +126,12 @@ __device__ __forceinline__ void store_accumulators(const Tile& tile, int row, in
 
 // d[m][n] += A · B over STEPS steps of k for ROW_TILES x 16 rows and COLUMNS columns. `load_a(words, m, step)` and `load_b(words, column, step)` give
 // the fragments (b: two groups of 8 columns). The tensor cores add to an accumulator by truncation: over thousands of steps the error would all go one
-// way, so FLOAT32 sums a short chain from zero and adds it to the accumulator in round-to-nearest (Ootomo & Yokota 2022, section 3).
-template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool FRESH, typename LoadA, typename LoadB>
+// way, so FLOAT32 sums a short chain from zero, CHAIN_COLUMNS at a time, and adds it to the accumulator in round-to-nearest (Ootomo & Yokota 2022, section 3),
+// unless d is FRESH: zero before and short.
+template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool FRESH, int CHAIN_COLUMNS = 16, typename LoadA, typename LoadB>
 __device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4], LoadA load_a, LoadB load_b) {
   if constexpr (PRECISION == FLOAT32 && !FRESH) {
-    constexpr int GROUP = COLUMNS % 32 == 0 ? 32 : 16;
+    constexpr int GROUP = COLUMNS % CHAIN_COLUMNS == 0 ? CHAIN_COLUMNS : 16;
 #pragma unroll
     for (int first = 0; first < COLUMNS; first += GROUP) {
       float chain[ROW_TILES][GROUP / 8][4] = {};
@@ -143,7 +144,8 @@ __device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4]
           for (int i = 0; i < 4; ++i) d[m][first / 8 + n][i] += chain[m][n][i];
     }
   } else {
-#pragma unroll
+    constexpr int UNROLL = PRECISION == FLOAT32 && STEPS > 16 ? 8 : STEPS;   // unrolled any further, it is loaded so far ahead that registers run out
+#pragma unroll UNROLL
     for (int step = 0; step < STEPS; ++step) {
       Fragment<PRECISION, 4> a[ROW_TILES];
 #pragma unroll

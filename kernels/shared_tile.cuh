@@ -43,13 +43,14 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const typename Tile:
     const int row = threadIdx.x / Tile::CHUNKS, chunk = threadIdx.x % Tile::CHUNKS;
     const int bytes = min(max(columns - chunk * PER_CHUNK, 0), PER_CHUNK) * (int)sizeof(Element);
     const Element* from = source + row * row_stride + chunk * PER_CHUNK;
-#pragma unroll
-    for (int i = 0; i < ceil_div(Tile::ROWS, STEP); ++i) {
+    constexpr int COPIES = ceil_div(Tile::ROWS, STEP), UNROLL = COPIES > 16 || Tile::CHUNKS > 32 ? 8 : COPIES;   // the addresses of more copies do not fit in the registers
+#pragma unroll UNROLL
+    for (int i = 0; i < COPIES; ++i) {
       if (Tile::ROWS % STEP == 0 || row + i * STEP < Tile::ROWS) cp_async(tile.at(row + i * STEP, chunk), from, row + i * STEP < rows ? bytes : 0);
       from += STEP * row_stride;
     }
   } else {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < ceil_div(COUNT, THREADS); ++i) {
       const int index = i * THREADS + threadIdx.x, row = index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
       if (COUNT % THREADS != 0 && index >= COUNT) break;

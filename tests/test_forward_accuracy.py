@@ -16,7 +16,7 @@ def lead(length, keys):
 
 def roundings(length, keys):
     """More than one where few elements say little about the error of a dense computation."""
-    return 16 if min(length, keys) <= 3 else 1
+    return 32 if min(length, keys) <= 3 else 1
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -70,11 +70,11 @@ def test_one_part_is_itself(arrays):
 
 
 def test_many_small_parts_in_16_bits():
-    """Sums are float32: 200 equal parts of ones stay one."""
-    outs, lses = [numpy.ones((1, 3), numpy.float16)] * 200, [numpy.zeros(1, numpy.float32)] * 200
+    """Sums are float32: 3,000 equal parts of ones stay one, where a float16 sum would stop at 2,048."""
+    outs, lses = [numpy.ones((1, 3), numpy.float16)] * 3000, [numpy.zeros(1, numpy.float32)] * 3000
     out, lse = cuflash.merge(outs, lses)
     assert (out == 1).all()
-    numpy.testing.assert_allclose(lse, numpy.log(200), rtol=1e-6)
+    numpy.testing.assert_allclose(lse, numpy.log(3000), rtol=1e-6)
 
 
 def test_iterators(arrays):

@@ -118,15 +118,16 @@ def test_means_are_over_all_pairs_of_patches(every, patch):
     numpy.testing.assert_allclose(to_numpy(y), expected, rtol=0, atol=2 * TOLERANCE[every.precision])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_large_norms_keep_their_digits_in_16_bits(xp, dtype):
-    """Patches whose norms are hundreds of times the bandwidth: one 16-bit norm would be wrong by whole units in the exponent."""
-    rng = numpy.random.default_rng(5)
-    x = 10 * sine(rng, 400, noise=0.02)[1] + 1000
-    bandwidth = 0.5 * 0.4 * 61**0.5
-    y = to_numpy(nonlocal_means(xp.asarray(x.astype(numpy.float32)), patch=61, bandwidth=bandwidth, dtype=dtype))
-    expected = expected_means(x[None], 61, bandwidth)[0]
-    assert numpy.abs(y - expected).max() < (0.02 if dtype == "float16" else 0.15)
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"precision": "tf32"}], ids=str)
+def test_large_norms_keep_their_digits_where_products_are_rounded(xp, options):
+    """Features that every dtype holds exactly, with norms up to 5,000: one rounded norm would be wrong by whole units in the exponent."""
+    keys = numpy.arange(-100.0, 101.0, dtype=numpy.float32)[:, None]
+    values = (numpy.arange(201) * 37 % 64).astype(numpy.float32)[:, None]
+    queries = keys[:-1] + numpy.float32(0.5)
+    out = to_numpy(kernel_regression(*map(xp.asarray, (queries, keys, values)), bandwidth=1.0, **options))
+    expected = expected_regression(queries, keys, values, 1.0)
+    numpy.testing.assert_allclose(out, expected, atol=0.1 if "float16" in options.values() else 0.5)
+    assert numpy.abs(out - expected).mean() < 0.15
 
 
 def test_means_of_a_batch_are_those_of_each_record(arrays):
@@ -204,6 +205,22 @@ def test_means_gradients_in_every_precision(every):
         assert error <= TOLERANCE[every.precision] * 5, error
 
 
+def test_gradients_in_large_units_fit_float16(xp):
+    """A seismogram in counts, and a gradient in counts too: only their ratio to the bandwidth is of moderate size."""
+    rng = numpy.random.default_rng(2)
+    x = (1e4 * sine(rng, 300)[1]).astype(numpy.float32)
+    dy = (1e4 * rng.standard_normal(300)).astype(numpy.float32)
+    dx, _ = nonlocal_means_vjp(xp.asarray(x), patch=21, noise=3e3, dtype="float16")[1](xp.asarray(dy))
+    expected, _ = nonlocal_means_vjp(x.astype(numpy.float64), patch=21, noise=3e3)[1](dy.astype(numpy.float64))
+    assert numpy.abs(to_numpy(dx) - expected).max() < 0.01 * numpy.abs(expected).max()
+
+
+def test_a_zero_gradient_gives_zeros(arrays):
+    x = arrays.normal(50)
+    dx, dbandwidth = nonlocal_means_vjp(x, patch=5, bandwidth=1.0)[1](arrays.xp.zeros_like(x))
+    assert not to_numpy(dx).any() and not to_numpy(dbandwidth).any()
+
+
 @pytest.mark.gpu
 def test_float64_on_a_gpu_needs_a_dtype():
     x = cupy.asarray(sine(numpy.random.default_rng(0), 300)[1])
@@ -212,6 +229,16 @@ def test_float64_on_a_gpu_needs_a_dtype():
     y = nonlocal_means(x, patch=9, bandwidth=1.0, dtype="float32")
     assert y.dtype == numpy.float64
     numpy.testing.assert_allclose(to_numpy(y), expected_means(to_numpy(x)[None], 9, 1.0)[0], atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch", [20, 31, 64])
+def test_features_are_read_in_place(patch, caplog):
+    """Rows are laid out as the kernels want them, whatever the patch: no call of attention copies all the keys."""
+    x = cupy.asarray(sine(numpy.random.default_rng(0), 300)[1].astype(numpy.float32))
+    with caplog.at_level("INFO", logger="cuflash"):
+        nonlocal_means(x, patch=patch, bandwidth=3.0, block=100)
+    assert not [record for record in caplog.records if "copied" in record.message]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """NumPy arrays: tasks run in as many threads as BLAS would use, BLAS has one meanwhile, and is given its threads back."""
 
 import concurrent.futures
+import itertools
 import threading
 
 import numpy
@@ -30,9 +31,12 @@ def test_accuracy(blas_threads, seed, precision, causal):
 def test_work_is_spread_and_blas_has_one_thread(blas_threads, large, monkeypatch):
     get = blas_threads(3)
     seen, real = [], numpy_backend._forward_tile
+    meeting, turn = threading.Barrier(2, timeout=60), itertools.count()
 
     def spy(*arguments):
         seen.append((threading.current_thread().name, get()))
+        if next(turn) < 2:
+            meeting.wait()  # two tasks are under way at once, or this breaks
         return real(*arguments)
 
     monkeypatch.setattr(numpy_backend, "_forward_tile", spy)

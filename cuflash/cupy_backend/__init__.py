@@ -1,6 +1,7 @@
 """Attention on CuPy arrays, by the kernels of the sm80 family (mma.sync and cp.async: every NVIDIA GPU from compute capability 8.0 on)."""
 
 import logging
+import os
 import time
 
 import cupy
@@ -59,11 +60,11 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
             plan = _remember(key, launch.BackwardPlan(problem, views, offset))
 
         row_lse, row_d = cupy.empty((2, plan.rows), cupy.float32)
-        pointers = {"row_lse": row_lse.data.ptr, "row_d": row_d.data.ptr, "offsets": offsets, "q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr}
-        pointers |= {"dout": dout.data.ptr, "lse": lse.data.ptr, "dlse": 0 if dlse is None else dlse.data.ptr}
+        pointers = {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "dout": dout.data.ptr, "lse": lse.data.ptr}
+        pointers |= {"dlse": 0 if dlse is None else dlse.data.ptr, "row_lse": row_lse.data.ptr, "row_d": row_d.data.ptr, "offsets": offsets}
         key_gradients = (cupy.empty(plan.dk_shape, cupy.float32), cupy.empty(plan.dv_shape, cupy.float32)) if plan.key_parts else (dk, dv)
         pointers |= {"dk": key_gradients[0].data.ptr, "dv": key_gradients[1].data.ptr}
-        if problem.deterministic:
+        if plan.separate_dq:
             query_sum = cupy.empty(plan.dq_shape, cupy.float32) if plan.query_parts else dq
             pointers["dq"] = query_sum.data.ptr
         else:
@@ -76,7 +77,7 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
         if plan.finish is not None:
             plan.finish(pointers)
         if plan.query_parts:
-            _sum_parts(query_sum[..., : problem.query_length, : problem.head_dim], dq, 1.0 if problem.deterministic else problem.scale)
+            _sum_parts(query_sum[..., : problem.query_length, : problem.head_dim], dq, 1.0 if plan.separate_dq else problem.scale)
         if plan.key_parts:
             _sum_parts(key_gradients[0][..., : problem.head_dim], dk, 1.0)
             _sum_parts(key_gradients[1][..., : problem.value_dim], dv, 1.0)
@@ -108,9 +109,9 @@ def _check(problem):
 def _ready(name, array):
     """The array as the kernels read it: columns side by side, every row at a multiple of 16 bytes. In place where that holds, else a logged copy."""
     size = array.dtype.itemsize
-    if array.data.ptr % 16 == 0 and (array.shape[-1] == 1 or array.strides[-1] == size):
-        if all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1])):
-            return array
+    side_by_side = array.shape[-1] == 1 or array.strides[-1] == size
+    if side_by_side and array.data.ptr % 16 == 0 and all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1])):
+        return array
     log.info("%s: strides %s of shape %s are not 16-byte rows; copied", name, array.strides, array.shape)
     kept = tuple(slice(None) if stride else slice(0, 1) for stride in array.strides[:-1])   # a broadcast axis is not copied out
     source = array[kept]
@@ -142,7 +143,8 @@ def _remember(key, plan):
 
 def describe():
     """For `python -m cuflash info`: which kernels run here, and why."""
-    described = {"nvrtc": modules.nvrtc_version(), "cache_folder": cupy.cuda.compiler.get_cache_dir(), "kernels_folder": str(modules.kernels_folder())}
+    cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    described = {"nvrtc": modules.nvrtc_version(), "cache_folder": cache, "kernels_folder": str(modules.kernels_folder())}
     if not cupy.cuda.is_available():
         return described | {"family": None, "why": "no GPU is available"}
     capability = int(cupy.cuda.Device().compute_capability)

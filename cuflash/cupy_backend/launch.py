@@ -160,9 +160,11 @@ class BackwardPlan:
         places = math.prod(problem.batch) * problem.heads
         padded = -(-problem.query_length // tiles.QUERY_PADDING) * tiles.QUERY_PADDING
         self.rows = places * padded  # of row_lse and row_d
-        self.dq_sum_shape = None if problem.deterministic else (*problem.lead, padded, dims[0])
 
         main = tiles.choose(tiles.BACKWARD, precision, dims, limit)
+        # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
+        self.separate_dq = problem.deterministic or not main.query_gradient
+        self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
         key_tiles = -(-problem.key_length // main.key_tile)
         # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
         shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
@@ -187,11 +189,11 @@ class BackwardPlan:
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument)
 
         row_blocks, kind = places * padded // 32, tiles.PRECISIONS[precision]
-        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {str(not problem.deterministic).lower()}>", row_blocks, 256)
-        name = main.name(precision, dims, options, not problem.deterministic)
+        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {str(not self.separate_dq).lower()}>", row_blocks, 256)
+        name = main.name(precision, dims, options, not self.separate_dq)
         self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size))
         self.query = self.finish = None
-        if problem.deterministic:
+        if self.separate_dq:
             tile = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
             dq = {}
             if self.query_parts:

@@ -72,6 +72,7 @@ class BackwardTile:
     score_tiles: int  # 2: P and dS each have a tile in shared memory
     dq_row_tiles: int
     blocks_per_sm: int
+    query_gradient: bool = True  # False: dQ is always left to backward_query_sm80
 
     file = "backward_sm80.cu"
 
@@ -85,11 +86,12 @@ class BackwardTile:
 
     def shared_bytes(self, dims, size):
         head_dim, value_dim = dims
-        return self.key_tile * (head_dim + value_dim + self.score_tiles * self.query_tile) * size + self.stages * self.query_tile * ((head_dim + value_dim) * size + 8)
+        stage = self.query_tile * ((head_dim + value_dim) * size + 8)
+        return self.key_tile * (head_dim + value_dim + self.score_tiles * self.query_tile) * size + self.stages * stage
 
     def name(self, precision, dims, options, query_gradient):
-        parameters = (self.warps, self.row_tiles, self.column_groups, self.query_tile, self.stages, self.score_tiles, self.dq_row_tiles, query_gradient, self.blocks_per_sm)
-        return f"backward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+        shape = (self.warps, self.row_tiles, self.column_groups, self.query_tile, self.stages, self.score_tiles, self.dq_row_tiles)
+        return f"backward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *shape, query_gradient, self.blocks_per_sm)}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,45 +123,74 @@ class BackwardQueryTile:
         return f"backward_query_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
 
 
-# The larger of the two head dims -> tiles in order of preference. The last of each row fits in 99 KiB, what the smallest of these GPUs gives a block.
+# Kind of element -> head dims, or the larger of them, -> tiles in order of preference. The last of each row fits in 99 KiB, what the smallest of the GPUs
+# from compute capability 8.0 on gives a block.
 FORWARD = {
-    2: {
-        32: [ForwardTile(4, 2, 64, 2, True, 2)],
-        64: [ForwardTile(4, 2, 64, 2, True, 2)],
-        96: [ForwardTile(4, 2, 64, 2, False, 2), ForwardTile(4, 2, 32, 2, False, 2)],
-        128: [ForwardTile(4, 2, 64, 2, False, 2), ForwardTile(4, 2, 32, 2, False, 2)],
+    "16-bit": {
+        32: [ForwardTile(4, 2, 128, 2, False, 2)],
+        64: [ForwardTile(4, 2, 128, 2, False, 2)],
+        96: [ForwardTile(4, 2, 64, 2, False, 2)],
+        128: [ForwardTile(4, 2, 64, 2, False, 2)],
+        (192, 128): [ForwardTile(4, 2, 32, 2, False, 1)],
         192: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
         256: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
     },
-    4: {
-        32: [ForwardTile(4, 2, 32, 2, False, 2)],
-        64: [ForwardTile(4, 2, 32, 2, False, 1)],
+    "tf32": {
+        32: [ForwardTile(4, 2, 64, 2, False, 2)],
+        64: [ForwardTile(4, 2, 64, 2, False, 2)],
         96: [ForwardTile(4, 2, 32, 2, False, 1)],
-        128: [ForwardTile(8, 1, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+        128: [ForwardTile(8, 2, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
         192: [ForwardTile(8, 1, 32, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
-        256: [ForwardTile(4, 1, 32, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+        256: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+    },
+    "float32": {
+        32: [ForwardTile(4, 2, 64, 2, False, 2)],
+        (64, 32): [ForwardTile(4, 2, 64, 2, False, 2)],
+        64: [ForwardTile(4, 2, 32, 2, False, 2)],
+        96: [ForwardTile(4, 2, 32, 2, False, 1)],
+        128: [ForwardTile(8, 2, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+        192: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+        256: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
     },
 }
 BACKWARD = {
-    2: {
-        32: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
-        64: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
-        96: [BackwardTile(8, 1, 1, 64, 2, 1, 1, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
-        128: [BackwardTile(8, 1, 1, 64, 2, 1, 2, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
-        192: [BackwardTile(8, 1, 2, 64, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
-        256: [BackwardTile(8, 1, 2, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+    "16-bit": {
+        32: [BackwardTile(4, 2, 1, 32, 3, 1, 1, 2)],
+        64: [BackwardTile(4, 2, 1, 32, 3, 1, 1, 2)],
+        (96, 32): [BackwardTile(8, 2, 2, 64, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
+        96: [BackwardTile(8, 1, 1, 64, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
+        128: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
+        192: [BackwardTile(8, 2, 4, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
+        256: [BackwardTile(8, 2, 4, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
     },
-    4: {
+    "tf32": {
+        32: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 3)],
+        96: [BackwardTile(8, 1, 2, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        128: [BackwardTile(8, 2, 2, 32, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 2, 32, 1, 2, 1, 1), BackwardTile(2, 1, 2, 32, 1, 2, 1, 1)],
+        256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+    },
+    "float32": {
         32: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
-        64: [BackwardTile(8, 1, 1, 32, 2, 1, 1, 1), BackwardTile(4, 1, 1, 32, 2, 1, 1, 1)],
-        96: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2), BackwardTile(4, 1, 1, 32, 1, 1, 1, 1)],
-        128: [BackwardTile(8, 1, 2, 32, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
-        192: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
-        256: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+        64: [BackwardTile(8, 2, 2, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
+        96: [BackwardTile(8, 1, 2, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        (128, 32): [BackwardTile(8, 2, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        128: [BackwardTile(8, 2, 4, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 4, 64, 1, 2, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
+_QUERY_FLOAT32 = {
+    32: [BackwardQueryTile(4, 1, 32, 2, 1)],
+    64: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
+    96: [BackwardQueryTile(8, 1, 16, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
+    128: [BackwardQueryTile(4, 1, 32, 2, 1), BackwardQueryTile(2, 1, 16, 2, 1)],
+    192: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 16, 2, 1)],
+    256: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 16, 2, 1)],
+}
 BACKWARD_QUERY = {
-    2: {
+    "16-bit": {
         32: [BackwardQueryTile(4, 2, 64, 2, 2)],
         64: [BackwardQueryTile(4, 2, 32, 2, 2)],
         96: [BackwardQueryTile(8, 1, 64, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -167,27 +198,27 @@ BACKWARD_QUERY = {
         192: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
         256: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
     },
-    4: {
-        32: [BackwardQueryTile(4, 1, 32, 2, 1)],
-        64: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
-        96: [BackwardQueryTile(8, 1, 16, 2, 1), BackwardQueryTile(4, 1, 16, 2, 1)],
-        128: [BackwardQueryTile(4, 1, 32, 2, 1), BackwardQueryTile(2, 1, 16, 2, 1)],
-        192: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 16, 2, 1)],
-        256: [BackwardQueryTile(4, 1, 16, 2, 1), BackwardQueryTile(1, 1, 8, 2, 1)],
-    },
+    "tf32": _QUERY_FLOAT32,
+    "float32": _QUERY_FLOAT32,
 }
+
+
+def row(table, precision, dims):
+    """The tiles for a call, in order of preference."""
+    rows = table["16-bit" if element_bytes(precision) == 2 else precision]
+    return rows.get(dims) or rows[max(dims)]
 
 
 def choose(table, precision, dims, shared_limit):
     """The first tile of the row whose shared memory fits in `shared_limit` bytes a block."""
     size = element_bytes(precision)
-    return next(tile for tile in table[size][max(dims)] if tile.shared_bytes(dims, size) <= shared_limit)
+    return next(tile for tile in row(table, precision, dims) if tile.shared_bytes(dims, size) <= shared_limit)
 
 
 def instances():
-    """Every (tile, precision, dims) of the table, with its table's name."""
+    """Every (tile, precision, dims) of the table."""
     for table in (FORWARD, BACKWARD, BACKWARD_QUERY):
         for precision in PRECISIONS:
             for dims in HEAD_DIMS:
-                for tile in table[element_bytes(precision)][max(dims)]:
+                for tile in row(table, precision, dims):
                     yield tile, precision, dims
