@@ -49,9 +49,14 @@ def merge(outs, lses):
     """
     outs, lses, device = _check(outs, lses)
     if device is None:
-        xp = numpy
-    else:
-        import cupy as xp
+        return _merge(numpy, outs, lses)
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return _merge(cupy, outs, lses)
+
+
+def _merge(xp, outs, lses):
     dtype, sums = outs[0].dtype, lses[0].dtype
     largest = lses[0]
     for lse in lses[1:]:

@@ -292,9 +292,9 @@ def _scale(scale, head_dim, kind):
     if not _is_number(scale):
         raise TypeError(f"scale is {scale!r} of type {type(scale).__qualname__}; allowed: a finite real number, or None for 1/sqrt(E)")
     scale = float(scale)
-    limit = sys.float_info.max if kind == "float64" else float(numpy.finfo(numpy.float32).max)
+    limit = sys.float_info.max if kind == "float64" else float(numpy.finfo(numpy.float32).max) * math.log(2)
     if not abs(scale) <= limit:
-        raise ValueError(f"scale is {scale!r}; allowed: a number that is finite in {'float64' if kind == 'float64' else 'float32'}")
+        raise ValueError(f"scale is {scale!r}; allowed: a finite number of magnitude up to {limit:.4g}")
     return scale
 
 
@@ -345,12 +345,11 @@ def _offset(offset, default, batch, device):
         raise ValueError(f"offset has values from {host.min()} to {host.max()}; allowed: -2**62 to 2**62")
     if host is not None and host.ndim == 0:
         return int(host)
-    array = array.astype(numpy.int64, copy=False)
-    if device is not None and host is not None:
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(device):
-            array = cupy.asarray(array)
-    return array
+    if device is None:
+        return array.astype(numpy.int64, copy=False)
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(device):
+        return cupy.asarray(array, dtype=numpy.int64)
 
 
 def _integers(values, allowed):

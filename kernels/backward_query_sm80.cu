@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) load_stage(stage);
 
-  const float factor = exponent_factor<OPTIONS>(problem);
+  using Exp = Exponential<PRECISION, OPTIONS>;
+  const Exp exponential(problem);
   float lse[ROW_TILES][2], d[ROW_TILES][2];   // rows beyond the last query hold lse = inf, so that P = 0
   const i64 first_row = place.flat(problem) * problem.padded_queries + first_query + warp_row + lane / 4;
 #pragma unroll
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
     {
       const RowsOfA<typename Tiles::Q> q_rows(typename Tiles::Q{base}, lane);
       const ColumnsOfB<typename Tiles::K> k_columns(k_tile, lane);
-      accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_DIM / K_STEP, true>(
+      accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_DIM / K_STEP, false>(
           p, [&](u32(&words)[4], int m, int step) { q_rows.load(words, warp_row + m * 16, step); },
           [&](u32(&words)[4], int column, int step) { k_columns.load(words, column, step); });
     }
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
 #pragma unroll
       for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[m][n][i] = exp2_approximate(fmaf(transform<OPTIONS>(problem, p[m][n][i]), factor, -lse[m][i / 2]));
+        for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(Exp::transform(problem, p[m][n][i]), lse[m][i / 2]);
     if (tile >= whole_tiles) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
     {
       const RowsOfA<typename Tiles::DO> do_rows(typename Tiles::DO{base + Tiles::Q::BYTES}, lane);
       const ColumnsOfB<typename Tiles::V> v_columns(v_tile, lane);
-      accumulate<PRECISION, ROW_TILES, KEY_TILE, VALUE_DIM / K_STEP, true>(
+      accumulate<PRECISION, ROW_TILES, KEY_TILE, VALUE_DIM / K_STEP, false>(
           ds, [&](u32(&words)[4], int m, int step) { do_rows.load(words, warp_row + m * 16, step); },
           [&](u32(&words)[4], int column, int step) { v_columns.load(words, column, step); });
     }
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
         for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - d[m][i / 2]);
 
     const RowsOfB<typename Tiles::K> k_rows(k_tile, lane);
-    accumulate<PRECISION, ROW_TILES, HEAD_DIM, KEY_TILE / K_STEP, false>(
+    accumulate<PRECISION, ROW_TILES, HEAD_DIM, KEY_TILE / K_STEP, true>(
         dq, [&](u32(&words)[4], int m, int step) { words_of_accumulators<PRECISION, KEY_TILE>(words, ds[m], step); },
         [&](u32(&words)[4], int column, int step) { k_rows.load(words, step, column); });
   }

@@ -1,16 +1,12 @@
 // What the backward pass does to whole rows before and after its main kernel; no products of matrices here.
 //
-//   backward_prepare:  row_lse = lse / ln 2, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
+//   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
 //   backward_finish:   dQ = scale · dq_sum, in dQ's type
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
-#include "problem.cuh"
+#include "score.cuh"
 
 constexpr int LANES = 8, ROWS = 32;
-
-__device__ __forceinline__ bool whole_chunks(const Array& array, const void* row, int element_bytes) {
-  return (((unsigned long long)row | (unsigned long long)(array.row_stride * element_bytes) | (unsigned long long)(array.columns * element_bytes)) & 15) == 0;
-}
 
 // The block's rows [first, first + ROWS) of the padded rows of one (batch, head).
 struct RowBlock {
@@ -31,9 +27,9 @@ template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launc
   if (exists) {
     const Element* o = block.place.rows<Element>(problem.out) + row * problem.out.row_stride;
     const Element* dout = block.place.rows<Element>(problem.dout) + row * problem.dout.row_stride;
-    if (whole_chunks(problem.out, o, sizeof(Element)) && whole_chunks(problem.dout, dout, sizeof(Element))) {
+    if (whole_chunks(o, problem.out.row_stride, problem.out.columns) && whole_chunks(dout, problem.dout.row_stride, problem.dout.columns)) {
       for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
-        Element x[PER_CHUNK], y[PER_CHUNK];
+        __align__(16) Element x[PER_CHUNK], y[PER_CHUNK];
         *(uint4*)x = *(const uint4*)(o + column);
         *(uint4*)y = *(const uint4*)(dout + column);
 #pragma unroll
@@ -51,7 +47,7 @@ template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launc
     float lse = exists ? block.place.rows<float>(problem.lse)[row * problem.lse.row_stride] : -infinity();
     const bool sees = lse != -infinity();   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
     if (sees && problem.dlse.data) sum -= block.place.rows<float>(problem.dlse)[row * problem.dlse.row_stride];
-    problem.row_lse[flat * problem.padded_queries + row] = sees ? lse * 1.4426950408889634f : infinity();
+    problem.row_lse[flat * problem.padded_queries + row] = sees ? Exponential<PRECISION, 0>::shift_of_lse(lse) : infinity();
     problem.row_d[flat * problem.padded_queries + row] = sees ? sum : 0.0f;
   }
   if constexpr (ZERO_DQ_SUM) {
@@ -68,9 +64,9 @@ template <int PRECISION, int HEAD_DIM> __global__ void __launch_bounds__(256) ba
   if (row >= problem.queries) return;
   const float* from = problem.dq_sum + (block.place.flat(problem) * problem.padded_queries + row) * HEAD_DIM;
   Element* to = block.place.rows<Element>(problem.dq) + row * problem.dq.row_stride;
-  const bool whole = whole_chunks(problem.dq, to, sizeof(Element));
+  const bool whole = whole_chunks(to, problem.dq.row_stride, problem.dq.columns);
   for (int column = lane * PER_CHUNK; column < problem.dq.columns; column += LANES * PER_CHUNK) {
-    Element x[PER_CHUNK];
+    __align__(16) Element x[PER_CHUNK];
 #pragma unroll
     for (int i = 0; i < PER_CHUNK; i += 4) {
       const float4 y = *(const float4*)(from + column + i);

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
                               problem.v.columns);
   }
 
-  const float factor = exponent_factor<OPTIONS>(problem);
+  using Exp = Exponential<PRECISION, OPTIONS>;
+  const Exp exponential(problem);
   float dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
 
   for (int head = 0; head < problem.heads_per_block; ++head) {
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfA<typename Tiles::K> k_rows(k_tile, lane);
         const ColumnsOfB<typename Tiles::Q> q_columns(q_tile, lane);
-        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP, true>(
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP, false>(
             p, [&](u32(&words)[4], int m, int k) { k_rows.load(words, key_row + m * 16, k); },
             [&](u32(&words)[4], int column, int k) { q_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
       }
@@ -131,22 +132,24 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) p[m][n][i] = exp2_approximate(fmaf(transform<OPTIONS>(problem, p[m][n][i]), factor, -__uint_as_float(lse[i % 2])));
+          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(Exp::transform(problem, p[m][n][i]), __uint_as_float(lse[i % 2]));
       }
       int block_key = block.first_key;
       keep_here(block_key);
-      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1)) {   // some query does not see the last key (or the last key does not exist)
+      // Some query does not see the last key, or the last key or the last query does not exist.
+      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1) || first_query + QUERY_TILE > problem.queries) {
+        const int lane_query = first_query + column_group * QUERY_COLUMNS + lane % 4 * 2;   // this lane's columns are n · 8 and n · 8 + 1 from here
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int key = block_key + key_row + m * 16 + half * 8 + lane / 4;
-            const int begin = block.visible.query_begin(key) - first_query - column_group * QUERY_COLUMNS - lane % 4 * 2;   // this lane's columns are n · 8 and n · 8 + 1 from here
+            const int begin = block.visible.query_begin(key) - lane_query, end = problem.queries - lane_query;
 #pragma unroll
             for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
 #pragma unroll
               for (int i = 0; i < 2; ++i)
-                if (n * 8 + i < begin) p[m][n][2 * half + i] = 0.0f;
+                if (n * 8 + i < begin || n * 8 + i >= end) p[m][n][2 * half + i] = 0.0f;
           }
       }
 
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       auto add_to_dv = [&] {
         const RowsOfB<typename Tiles::DO> do_rows(do_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> p_rows(p_tile, lane);
-        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, false, 32>(
+        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, COLUMN_GROUPS == 1>(
             dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, p, m, k); },
             [&](u32(&words)[4], int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
       };
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfA<typename Tiles::V> v_rows(v_tile, lane);
         const ColumnsOfB<typename Tiles::DO> do_columns(do_tile, lane);
-        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, VALUE_DIM / K_STEP, true>(
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, VALUE_DIM / K_STEP, false>(
             ds, [&](u32(&words)[4], int m, int k) { v_rows.load(words, key_row + m * 16, k); },
             [&](u32(&words)[4], int column, int k) { do_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
       }
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfB<typename Tiles::Q> q_rows(q_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> ds_rows(ds_tile, lane);
-        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, false, 32>(
+        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, COLUMN_GROUPS == 1>(
             dk, [&](u32(&words)[4], int m, int k) { load_scores(words, ds_rows, ds, m, k); },
             [&](u32(&words)[4], int column, int k) { q_rows.load(words, k, column_group * HEAD_COLUMNS + column); });
       }
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
         for (int chunk = 0; chunk < DQ_COLUMNS; chunk += CHUNK) {
           const int column = first_column + chunk;
           float dq[DQ_ROW_TILES][CHUNK / 8][4] = {};
-          accumulate<PRECISION, DQ_ROW_TILES, CHUNK, KEY_TILE / K_STEP, true>(
+          accumulate<PRECISION, DQ_ROW_TILES, CHUNK, KEY_TILE / K_STEP, false>(
               dq, [&](u32(&words)[4], int m, int k) { ds_columns.load(words, k, row + m * 16); },
               [&](u32(&words)[4], int n, int k) { k_rows.load(words, k, column + n); });
           float* target = problem.dq_sum + (first_row + first_query + row + thread % 32 / 4) * HEAD_DIM + column + thread % 4 * 2;

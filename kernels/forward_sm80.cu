@@ -25,11 +25,11 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, 
   static_assert(O::BYTES <= SHARED_BYTES, "the output is staged in shared memory");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, bool QUERIES_IN_REGISTERS, int BLOCKS_PER_SM>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int BLOCKS_PER_SM>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const __grid_constant__ Problem problem) {
   using Tiles = ForwardTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE, STAGES>;
   using Element = typename Tiles::Element;
-  constexpr int K_STEP = 32 / (int)sizeof(Element), HEAD_STEPS = HEAD_DIM / K_STEP, KEY_STEPS = KEY_TILE / K_STEP;
+  constexpr int K_STEP = 32 / (int)sizeof(Element);
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) load_stage(stage);   // Q travels with the first group
 
-  const float factor = exponent_factor<OPTIONS>(problem);
-  u32 q_words[QUERIES_IN_REGISTERS ? ROW_TILES : 1][QUERIES_IN_REGISTERS ? HEAD_STEPS : 1][4];
+  using Exp = Exponential<PRECISION, OPTIONS>;
+  const Exp exponential(problem);
   float output[ROW_TILES][VALUE_DIM / 8][4] = {};
   OnlineSoftmax<KEY_TILE> softmax[ROW_TILES];
 
@@ -74,28 +74,12 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
     load_stage(tile + STAGES - 1);
     keep_here(base);
     const RowsOfA<typename Tiles::Q> q_rows(typename Tiles::Q{base}, lane);
-    if constexpr (QUERIES_IN_REGISTERS) {
-      if (tile == 0) {
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-          for (int step = 0; step < HEAD_STEPS; ++step) q_rows.load(q_words[m][step], warp * Tiles::WARP_ROWS + m * 16, step);
-      }
-    }
-
     // S = Q Kᵀ
     float scores[ROW_TILES][KEY_TILE / 8][4] = {};
     const ColumnsOfB<typename Tiles::K> k_columns(k_tile(tile % STAGES), lane);
-    accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_STEPS, true>(
+    accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_DIM / K_STEP, false>(
         scores,
-        [&](u32(&words)[4], int m, int step) {
-          if constexpr (QUERIES_IN_REGISTERS) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) words[i] = q_words[m][step][i];
-          } else {
-            q_rows.load(words, warp * Tiles::WARP_ROWS + m * 16, step);
-          }
-        },
+        [&](u32(&words)[4], int m, int step) { q_rows.load(words, warp * Tiles::WARP_ROWS + m * 16, step); },
         [&](u32(&words)[4], int column, int step) { k_columns.load(words, column, step); });
 
     if constexpr (OPTIONS != 0) {
@@ -104,7 +88,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
         for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) scores[m][n][i] = transform<OPTIONS>(problem, scores[m][n][i]);
+          for (int i = 0; i < 4; ++i) scores[m][n][i] = Exp::transform(problem, scores[m][n][i]);
     }
     if (tile >= whole_tiles) {
       int first_row = first_query;
@@ -125,14 +109,14 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
-      softmax[m].step(scores[m], factor, [&](int row, float ratio) {
+      softmax[m].step(scores[m], exponential, [&](int row, float ratio) {
 #pragma unroll
         for (int n = 0; n < VALUE_DIM / 8; ++n) output[m][n][2 * row] *= ratio, output[m][n][2 * row + 1] *= ratio;
       });
 
     // O += P V, with P straight from the accumulators of S
     const RowsOfB<typename Tiles::V> v_rows(v_tile(tile % STAGES), lane);
-    accumulate<PRECISION, ROW_TILES, VALUE_DIM, KEY_STEPS, false>(
+    accumulate<PRECISION, ROW_TILES, VALUE_DIM, KEY_TILE / K_STEP, true>(
         output, [&](u32(&words)[4], int m, int step) { words_of_accumulators<PRECISION, KEY_TILE>(words, scores[m], step); },
         [&](u32(&words)[4], int column, int step) { v_rows.load(words, step, column); });
   }
@@ -147,7 +131,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
     float inverse[2], lse[2];
-    softmax[m].finish(factor, inverse, lse);
+    softmax[m].finish(exponential, inverse, lse);
 #pragma unroll
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll

@@ -17,7 +17,7 @@ struct Array {
 struct Problem {
   Array q, k, v, out, dout, dq, dk, dv;
   Array lse, dlse;              // one column; the row stride steps from query to query
-  float* row_lse;               // backward: (batch · heads, padded_queries): lse in units of log 2; inf for rows that see nothing or do not exist
+  float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
   const i64* offsets;           // one offset for each batch entry, or null: `offset` for all

@@ -28,13 +28,28 @@ template <int PRECISION, int WORDS> __device__ __forceinline__ Fragment<PRECISIO
 template <int PRECISION> __device__ __forceinline__ void multiply(float (&d)[4], const Fragment<PRECISION, 4>& a, const Fragment<PRECISION, 2>& b) {
   if constexpr (PRECISION == FLOAT16) mma_float16(d, a.high, b.high);
   else if constexpr (PRECISION == BFLOAT16) mma_bfloat16(d, a.high, b.high);
-  else {
-    if constexpr (PRECISION == FLOAT32) {
-      mma_tfloat32(d, a.low, b.high);
-      mma_tfloat32(d, a.high, b.low);
-    }
-    mma_tfloat32(d, a.high, b.high);
+  else mma_tfloat32(d, a.high, b.high);
+}
+
+// d += a · b over a few steps, FLOAT32. The tensor cores add by truncation: chained over all of k, errors would all go one way and grow with its length. So
+// a few steps are summed from zero, the small products first, and added to d in round-to-nearest (Ootomo & Yokota 2022, arXiv:2203.03341, section 3.2).
+// An infinite input has a low part of NaN; then the small products are NaN, and the maximum drops them, so that high · high decides as a float32 product would.
+// low · low is left out, at most 2^-22 of a term: among many terms it drowns, but a sum of FEW takes it in.
+template <int STEPS, bool FEW>
+__device__ __forceinline__ void multiply_split(float (&d)[4], const Fragment<FLOAT32, 4> (&a)[STEPS], const Fragment<FLOAT32, 2> (&b)[STEPS]) {
+  float sum[4] = {};
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    if constexpr (FEW) mma_tfloat32(sum, a[step].low, b[step].low);
+    mma_tfloat32(sum, a[step].low, b[step].high);
+    mma_tfloat32(sum, a[step].high, b[step].low);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = fmaxf(sum[i], -3.402823466e38f);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) mma_tfloat32(sum, a[step].high, b[step].high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
 // A fragments of 16 rows from a tile whose rows run along k.
@@ -125,44 +140,37 @@ __device__ __forceinline__ void store_accumulators(const Tile& tile, int row, in
 }
 
 // d[m][n] += A · B over STEPS steps of k for ROW_TILES x 16 rows and COLUMNS columns. `load_a(words, m, step)` and `load_b(words, column, step)` give
-// the fragments (b: two groups of 8 columns). The tensor cores add to an accumulator by truncation: over thousands of steps the error would all go one
-// way, so FLOAT32 sums a short chain from zero, CHAIN_COLUMNS at a time, and adds it to the accumulator in round-to-nearest (Ootomo & Yokota 2022, section 3),
-// unless d is FRESH: zero before and short.
-template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool FRESH, int CHAIN_COLUMNS = 16, typename LoadA, typename LoadB>
+// the fragments (b: two groups of 8 columns). A_IN_REGISTERS: load_a needs `step` at compile time.
+template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool A_IN_REGISTERS, typename LoadA, typename LoadB>
 __device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4], LoadA load_a, LoadB load_b) {
-  if constexpr (PRECISION == FLOAT32 && !FRESH) {
-    constexpr int GROUP = COLUMNS % CHAIN_COLUMNS == 0 ? CHAIN_COLUMNS : 16;
-#pragma unroll
-    for (int first = 0; first < COLUMNS; first += GROUP) {
-      float chain[ROW_TILES][GROUP / 8][4] = {};
-      accumulate<PRECISION, ROW_TILES, GROUP, STEPS, true>(chain, load_a, [&](u32(&words)[4], int column, int step) { load_b(words, first + column, step); });
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < GROUP / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) d[m][first / 8 + n][i] += chain[m][n][i];
-    }
-  } else {
-    constexpr int UNROLL = PRECISION == FLOAT32 && STEPS > 16 ? 8 : STEPS;   // unrolled any further, it is loaded so far ahead that registers run out
+  // Splitting makes long code of few registers' worth of work: unrolled, it is scheduled so far ahead that the registers run out.
+  constexpr int AT_ONCE = PRECISION == FLOAT32 ? 2 : 1, UNROLL = PRECISION == FLOAT32 && !A_IN_REGISTERS ? 1 : STEPS;
+  static_assert(STEPS % AT_ONCE == 0, "k is whole steps");
 #pragma unroll UNROLL
-    for (int step = 0; step < STEPS; ++step) {
-      Fragment<PRECISION, 4> a[ROW_TILES];
+  for (int first = 0; first < STEPS; first += AT_ONCE) {
+    Fragment<PRECISION, 4> a[ROW_TILES][AT_ONCE];
 #pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int step = 0; step < AT_ONCE; ++step) {
         u32 words[4];
-        load_a(words, m, step);
-        a[m] = fragment<PRECISION, 4>(words);
+        load_a(words, m, first + step);
+        a[m][step] = fragment<PRECISION, 4>(words);
       }
 #pragma unroll
-      for (int column = 0; column < COLUMNS; column += 16) {
-        u32 words[4];
-        load_b(words, column, step);
+    for (int column = 0; column < COLUMNS; column += 16) {
+      u32 words[AT_ONCE][4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Fragment<PRECISION, 2> b = fragment<PRECISION, 2>(words + 2 * half);
+      for (int step = 0; step < AT_ONCE; ++step) load_b(words[step], column, first + step);
 #pragma unroll
-          for (int m = 0; m < ROW_TILES; ++m) multiply<PRECISION>(d[m][column / 8 + half], a[m], b);
+      for (int half = 0; half < 2; ++half) {
+        Fragment<PRECISION, 2> b[AT_ONCE];
+#pragma unroll
+        for (int step = 0; step < AT_ONCE; ++step) b[step] = fragment<PRECISION, 2>(words[step] + 2 * half);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+          if constexpr (PRECISION == FLOAT32) multiply_split<AT_ONCE, !A_IN_REGISTERS && STEPS <= 4>(d[m][column / 8 + half], a[m], b);
+          else multiply<PRECISION>(d[m][column / 8 + half], a[m][0], b[0]);
         }
       }
     }

@@ -25,12 +25,22 @@ struct Visible {
   __device__ __forceinline__ int query_begin(int column) const { return column >= keys ? queries : min(max(column - offset, 0), queries); }
 };
 
-// Factor of the score inside exp2.
-template <int OPTIONS> __device__ __forceinline__ float exponent_factor(const Problem& problem) {
-  return OPTIONS & SCALE_FIRST ? 1.0f : problem.scale_log2;
-}
+// P = exp(scale · score - shift), where a row's shift is its maximum, or its lse. The 16-bit and tf32 kernels work in exponents of 2, one multiplication
+// less, with shifts in units of ln 2. FLOAT32 keeps natural units: then a shift is never rounded by a factor, and P errs by an exponent near 0, not by a
+// shift that may be large.
+template <int PRECISION, int OPTIONS> struct Exponential {
+  static constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.69314718055994531f;
+  float factor;   // positive: from scores to exponents
 
-// One score of the product, on its way to the softmax.
-template <int OPTIONS> __device__ __forceinline__ float transform(const Problem& problem, float score) {
-  return OPTIONS & SCALE_FIRST ? score * problem.scale_log2 : score;
-}
+  __device__ __forceinline__ Exponential(const Problem& problem) : factor(OPTIONS & SCALE_FIRST ? 1.0f : scale(problem)) {}
+  static __device__ __forceinline__ float scale(const Problem& problem) { return PRECISION == FLOAT32 ? problem.scale : problem.scale_log2; }
+
+  // What the options make of a score, before anything else sees it.
+  static __device__ __forceinline__ float transform(const Problem& problem, float score) { return OPTIONS & SCALE_FIRST ? score * scale(problem) : score; }
+
+  static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(PRECISION == FLOAT32 ? exponent * LOG2_E : exponent); }
+  __device__ __forceinline__ float operator()(float score, float shift) const { return of(fmaf(score, factor, -shift)); }
+
+  static __device__ __forceinline__ float shift_of_lse(float lse) { return PRECISION == FLOAT32 ? lse : lse * LOG2_E; }
+  static __device__ __forceinline__ float lse(float shift, float sum) { return (PRECISION == FLOAT32 ? shift : shift * LN_2) + logf(sum); }
+};

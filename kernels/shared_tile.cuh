@@ -65,14 +65,14 @@ template <int THREADS, int ROWS, typename Tile>
 __device__ __forceinline__ void store_rows(const Tile& tile, int first_row, int thread, typename Tile::Element* target, i64 row_stride, int rows, int columns) {
   using Element = typename Tile::Element;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
-  bool whole_chunks = (((unsigned long long)target | (unsigned long long)(row_stride * sizeof(Element)) | (unsigned long long)(columns * sizeof(Element))) & 15) == 0;
+  const bool whole = whole_chunks(target, row_stride, columns);
   for (int index = thread; index < ROWS * Tile::CHUNKS; index += THREADS) {
     int row = first_row + index / Tile::CHUNKS, chunk = index % Tile::CHUNKS;
     int valid = row < rows ? columns - chunk * PER_CHUNK : 0;
     if (valid <= 0) continue;
     uint4 x = load_shared_16_bytes(tile.at(row, chunk));
     Element* to = target + row * row_stride + chunk * PER_CHUNK;
-    if (whole_chunks) {
+    if (whole) {
       *(uint4*)to = x;
     } else {
       const u32 words[4] = {x.x, x.y, x.z, x.w};

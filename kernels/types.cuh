@@ -31,6 +31,11 @@ __device__ __forceinline__ void from_float(float& y, float x) { y = x; }
 __device__ __forceinline__ void from_float(half_t& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void from_float(bfloat_t& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
+// Whether rows of device memory can be read and written 16 bytes at a time.
+template <typename Element> __device__ __forceinline__ bool whole_chunks(const Element* row, i64 row_stride, int columns) {
+  return (((unsigned long long)row | (unsigned long long)row_stride * sizeof(Element) | (unsigned long long)columns * sizeof(Element)) & 15) == 0;
+}
+
 // Two neighbours in one register, the first in the low half.
 template <int PRECISION> __device__ __forceinline__ u32 pack(float first, float second) {
   u32 packed;

@@ -66,6 +66,6 @@ def test_growing_scores(every):
     xp = every.xp
     q, k, v = every.qkv(70, 1500, 8)
     q[...] = 1
-    k[...] = xp.linspace(-8, 8, 1500)[:, None]
+    k[...] = xp.rint(xp.linspace(-8, 8, 1500) * 64)[:, None] / 64  # exact in every precision: this is about sums, not about products
     check_forward(q, k, v, scale=1.0, **every.options)
     check_forward(q, k[::-1], v, scale=1.0, **every.options)

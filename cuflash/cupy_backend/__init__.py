@@ -20,8 +20,8 @@ def forward(problem, q, k, v, out=None):
     """out and lse; see cuflash.attention_forward."""
     with cupy.cuda.Device(problem.device):
         _check(problem)
-        q, k, v = _ready("q", q), _ready("k", k), _ready("v", v)
         target = allocate_like_order(cupy, q, problem.out_shape, problem.dtype) if out is None else out
+        q, k, v = _ready("q", q), _ready("k", k), _ready("v", v)
         if target.shape[-1] > 1 and target.strides[-1] != target.dtype.itemsize:
             log.info("out: columns do not lie side by side; it is computed in a new array and copied")
             target = cupy.empty(problem.out_shape, problem.dtype)
@@ -48,7 +48,9 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
             for gradient in (dq, dk, dv):
                 gradient.fill(0)
             return dq, dk, dv
-        q, k, v, out, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("out", out), _ready("dout", dout)
+        q, k, v, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("dout", dout)
+        if out.shape[-1] > 1 and out.strides[-1] != out.dtype.itemsize:
+            out = _ready("out", out)
         offset, offsets = _offset(problem)
         gradient_of_lse = lse if dlse is None else dlse
         key = ("backward", *_key(problem, dout, q, k, v, out, lse, gradient_of_lse, dq, dk, dv), offset, problem.deterministic)

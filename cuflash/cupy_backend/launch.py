@@ -31,8 +31,10 @@ LAYOUT = numpy.dtype(
 _POINTER_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + BUFFERS}
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
+ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
+SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels that flush subnormals would multiply scores by 0
 
 
 class Launch:
@@ -125,15 +127,14 @@ def _merge(batch, strides):
     return (1,) * missing + tuple(sizes), {name: (0,) * missing + tuple(values) for name, values in kept.items()}
 
 
-def sweep(problem, head_bytes):
-    """How many heads are swept together: only causal calls have uneven tiles, and their common operands should fit in L2."""
-    places = math.prod(problem.batch) * problem.heads
+def sweep(problem, head_bytes, places):
+    """How many of the grid's heads are swept together: only causal calls have uneven tiles, and their common operands should fit in L2."""
     return max(1, min(places, L2_BYTES // max(1, head_bytes))) if problem.causal else 1
 
 
 def options_of(problem):
     """The score step's compile-time options (kernels/score.cuh)."""
-    return 0 if problem.scale > 0 else tiles.SCALE_FIRST
+    return 0 if problem.scale >= SMALLEST_FACTOR else tiles.SCALE_FIRST
 
 
 def plan_forward(problem, q, k, v, out, lse, offset):
@@ -144,9 +145,9 @@ def plan_forward(problem, q, k, v, out, lse, offset):
     shared_bytes = tile.shared_bytes(dims, size)
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options_of(problem)), shared_bytes, problem.device)
     group = problem.heads // max(problem.key_heads, problem.value_heads)
-    sweep_heads = sweep(problem, problem.key_length * sum(dims) * size // group)
-    packed = argument(problem, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, offset=offset, sweep_heads=sweep_heads)
     places = math.prod(problem.batch) * problem.heads
+    sweep_heads = sweep(problem, problem.key_length * sum(dims) * size // group, places)
+    packed = argument(problem, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, offset=offset, sweep_heads=sweep_heads)
     return Launch(kernel, places * -(-problem.query_length // tile.query_tile), tile.threads, shared_bytes, packed)
 
 
@@ -158,12 +159,14 @@ class BackwardPlan:
         precision, device = problem.precision, problem.device
         size, limit, options = tiles.element_bytes(precision), shared_limit(device), options_of(problem)
         places = math.prod(problem.batch) * problem.heads
-        padded = -(-problem.query_length // tiles.QUERY_PADDING) * tiles.QUERY_PADDING
-        self.rows = places * padded  # of row_lse and row_d
 
         main = tiles.choose(tiles.BACKWARD, precision, dims, limit)
         # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
         self.separate_dq = problem.deterministic or not main.query_gradient
+        query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
+        padding = max(ROWS_PER_BLOCK, main.query_tile, query.query_tile if self.separate_dq else 0)
+        padded = -(-problem.query_length // padding) * padding
+        self.rows = places * padded  # of row_lse and row_d
         self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
         key_tiles = -(-problem.key_length // main.key_tile)
         # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
@@ -182,28 +185,27 @@ class BackwardPlan:
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * 4)
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
-        sweep_heads = sweep(problem, head_bytes * together)
+        sweep_heads = sweep(problem, head_bytes * together, places // together)
         packed = argument(problem, {**views, **parts}, heads, offset, padded_queries=padded, partial=self.key_parts, sweep_heads=sweep_heads, **grid)
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument)
 
-        row_blocks, kind = places * padded // 32, tiles.PRECISIONS[precision]
+        row_blocks, kind = places * padded // ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
         self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {str(not self.separate_dq).lower()}>", row_blocks, 256)
         name = main.name(precision, dims, options, not self.separate_dq)
         self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size))
         self.query = self.finish = None
         if self.separate_dq:
-            tile = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
             dq = {}
             if self.query_parts:
                 self.dq_shape = (*problem.lead, problem.query_length, dims[0])
                 dq = {"dq": contiguous_layout(self.dq_shape)}
             head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
-            sweep_heads = sweep(problem, head_bytes)
+            sweep_heads = sweep(problem, head_bytes, places)
             packed = argument(problem, {**views, **dq}, None, offset, padded_queries=padded, partial=self.query_parts, sweep_heads=sweep_heads)
-            blocks = places * -(-problem.query_length // tile.query_tile)
-            self.query = launch(tile.file, tile.name(precision, dims, options), blocks, tile.threads, tile.shared_bytes(dims, size), packed)
+            blocks = places * -(-problem.query_length // query.query_tile)
+            self.query = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
         elif not self.query_parts:
             self.finish = launch("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}>", row_blocks, 256)
 

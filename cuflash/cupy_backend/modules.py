@@ -60,7 +60,7 @@ def kernel(file, name, shared_bytes, device):
             capability = cupy.cuda.Device().compute_capability
             raise RuntimeError(
                 f"{name} of {file} did not compile for sm_{capability} with NVRTC {nvrtc_version()}; cuflash needs an NVRTC that knows this GPU, "
-                f"12.0 or newer (pip install 'cuflash[cuda12]' or 'cuflash[cuda13]' brings one). The compiler said:\n{error.get_message()[-2000:]}"
+                f"12.1 or newer (pip install 'cuflash[cuda12]' or 'cuflash[cuda13]' brings one). The compiler said:\n{error.get_message()[-2000:]}"
             ) from error
         log.info("%s: compiled or loaded in %.2f s, %d registers, %d bytes of local memory", name, time.perf_counter() - started, registers, spilled)
         return function

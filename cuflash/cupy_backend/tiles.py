@@ -13,9 +13,6 @@ PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", 
 
 SCALE_FIRST = 1  # kernels/score.cuh
 
-# Rows of the buffers that the backward kernels share are padded to this: a multiple of every query tile.
-QUERY_PADDING = 128
-
 
 def head_dims(head_dim, value_dim):
     """The kernel's (head dim, value dim) for a call's."""
@@ -38,7 +35,6 @@ class ForwardTile:
     row_tiles: int  # 16-row tiles of queries a warp
     key_tile: int
     stages: int
-    queries_in_registers: bool
     blocks_per_sm: int
 
     file = "forward_sm80.cu"
@@ -56,7 +52,7 @@ class ForwardTile:
         return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size
 
     def name(self, precision, dims, options):
-        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.queries_in_registers, self.blocks_per_sm)
+        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.blocks_per_sm)
         return f"forward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
 
 
@@ -127,30 +123,30 @@ class BackwardQueryTile:
 # from compute capability 8.0 on gives a block.
 FORWARD = {
     "16-bit": {
-        32: [ForwardTile(4, 2, 128, 2, False, 2)],
-        64: [ForwardTile(4, 2, 128, 2, False, 2)],
-        96: [ForwardTile(4, 2, 64, 2, False, 2)],
-        128: [ForwardTile(4, 2, 64, 2, False, 2)],
-        (192, 128): [ForwardTile(4, 2, 32, 2, False, 1)],
-        192: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
-        256: [ForwardTile(8, 1, 64, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
+        32: [ForwardTile(4, 2, 128, 2, 2)],
+        64: [ForwardTile(4, 2, 128, 2, 2)],
+        96: [ForwardTile(4, 2, 64, 2, 2)],
+        128: [ForwardTile(4, 2, 64, 2, 2)],
+        (192, 128): [ForwardTile(4, 2, 32, 2, 1)],
+        192: [ForwardTile(8, 1, 64, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        256: [ForwardTile(8, 1, 64, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
     },
     "tf32": {
-        32: [ForwardTile(4, 2, 64, 2, False, 2)],
-        64: [ForwardTile(4, 2, 64, 2, False, 2)],
-        96: [ForwardTile(4, 2, 32, 2, False, 1)],
-        128: [ForwardTile(8, 2, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
-        192: [ForwardTile(8, 1, 32, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
-        256: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+        32: [ForwardTile(4, 2, 64, 2, 2)],
+        64: [ForwardTile(4, 2, 64, 2, 2)],
+        96: [ForwardTile(4, 2, 32, 2, 1)],
+        128: [ForwardTile(8, 2, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        192: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
+        256: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
     },
     "float32": {
-        32: [ForwardTile(4, 2, 64, 2, False, 2)],
-        (64, 32): [ForwardTile(4, 2, 64, 2, False, 2)],
-        64: [ForwardTile(4, 2, 32, 2, False, 2)],
-        96: [ForwardTile(4, 2, 32, 2, False, 1)],
-        128: [ForwardTile(8, 2, 32, 2, False, 1), ForwardTile(4, 1, 32, 2, False, 1)],
-        192: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
-        256: [ForwardTile(8, 1, 16, 2, False, 1), ForwardTile(2, 1, 16, 2, False, 1)],
+        32: [ForwardTile(4, 2, 32, 2, 2)],
+        (64, 32): [ForwardTile(4, 2, 64, 2, 2)],
+        64: [ForwardTile(4, 2, 32, 2, 2)],
+        96: [ForwardTile(4, 2, 16, 2, 1)],
+        128: [ForwardTile(8, 2, 16, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        192: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
+        256: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
     },
 }
 BACKWARD = {
@@ -161,13 +157,13 @@ BACKWARD = {
         96: [BackwardTile(8, 1, 1, 64, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
         128: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
         192: [BackwardTile(8, 2, 4, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
-        256: [BackwardTile(8, 2, 4, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 2, 4, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
     },
     "tf32": {
         32: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
         64: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 3)],
         96: [BackwardTile(8, 1, 2, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
-        128: [BackwardTile(8, 2, 2, 32, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        128: [BackwardTile(8, 2, 2, 32, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
         192: [BackwardTile(8, 1, 2, 32, 1, 2, 1, 1), BackwardTile(2, 1, 2, 32, 1, 2, 1, 1)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
     },
@@ -177,7 +173,7 @@ BACKWARD = {
         96: [BackwardTile(8, 1, 2, 64, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
         (128, 32): [BackwardTile(8, 2, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
         128: [BackwardTile(8, 2, 4, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
-        192: [BackwardTile(8, 1, 4, 64, 1, 2, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }

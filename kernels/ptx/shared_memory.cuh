@@ -26,8 +26,5 @@ __device__ __forceinline__ void store_shared(u32 address, u32 x, u32 y) { asm vo
 __device__ __forceinline__ void cp_async(u32 address, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(address), "l"(source), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void cp_async_4_bytes(u32 address, const void* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address), "l"(source) : "memory");
-}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory"); }

@@ -1,0 +1,293 @@
+"""Every kernel that the tuning table can choose compiles for its GPUs without spills, and Python and CUDA agree on the argument, the tiles and the enums.
+
+NVRTC compiles to machine code without a GPU.
+"""
+
+import logging
+import re
+import shutil
+
+import pytest
+from support import cupy
+
+
+def nvrtc_is_usable():
+    try:
+        return cupy is not None and bool(cupy.cuda.nvrtc.getVersion())
+    except Exception:  # a library that cannot be loaded may raise anything
+        return False
+
+
+if not nvrtc_is_usable():
+    pytest.skip("needs CuPy and NVRTC", allow_module_level=True)
+
+from cuflash.cupy_backend import launch, modules, tiles  # noqa: E402
+
+# Shared memory that a block can have, in bytes. sm_86 stands for sm_89 and sm_120 too, which have as much.
+SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
+SMALLEST_LIMIT = min(SHARED_LIMITS.values())
+SCALE_FIRST_DIMS = ((64, 64), (128, 128), (192, 128))
+
+
+def choices():
+    """(architecture, precision, head dims); fewer of them for sm_80, whose instructions are those of sm_86."""
+    for architecture in SHARED_LIMITS:
+        for precision in tiles.PRECISIONS:
+            for dims in tiles.HEAD_DIMS:
+                if architecture != "sm_80" or (precision in ("bfloat16", "float32") and dims[0] == dims[1]):
+                    yield pytest.param(architecture, precision, dims, id=f"{architecture}-{precision}-{dims[0]}-{dims[1]}")
+
+
+def compile_program(source, names=(), architecture="sm_90"):
+    """The log; NVRTCError with the log in it if it does not compile. Options are those that CuPy compiles with."""
+    nvrtc = cupy.cuda.nvrtc
+    program = nvrtc.createProgram(source, "test.cu", (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        options = (f"-arch={architecture}", "--std=c++17", f"-I{modules.kernels_folder()}", "-ftz=true", "--device-as-default-execution-space")
+        try:
+            nvrtc.compileProgram(program, (*options, "--ptxas-options=-v"))
+        except nvrtc.NVRTCError as error:
+            raise AssertionError(f"does not compile for {architecture}: {', '.join(names)}\n{nvrtc.getProgramLog(program)}") from error
+        log = nvrtc.getProgramLog(program)
+        assert len(nvrtc.getCUBIN(program)) > 0
+        return log, [nvrtc.getLoweredName(program, name) for name in names]
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def spills(file, names, architecture):
+    """What the compiler kept in local memory, and what it gave up; an empty list if nothing."""
+    log, lowered = compile_program(f'#include "{file}"\n', names, architecture)
+    found = []
+    for name, mangled in zip(names, lowered):
+        report = re.search(rf"Function properties for {re.escape(mangled)}\n.*?(\d+ bytes stack frame.*)", log)
+        assert report, f"the compiler says nothing of {name}:\n{log}"
+        if report[1] != "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads":
+            found.append(f"{name} for {architecture}: {report[1]}")
+    # C75xx: instructions that were meant to overlap and do not, registers that could not be handed over.
+    return found + re.findall(r".*\bC75\d\d\b.*", log)
+
+
+@pytest.mark.parametrize(("architecture", "precision", "dims"), list(choices()))
+def test_instances(architecture, precision, dims):
+    limit = SHARED_LIMITS[architecture]
+    forward, backward, query = (tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY))
+    options = (0, tiles.SCALE_FIRST) if architecture == "sm_90" and dims in SCALE_FIRST_DIMS else (0,)
+    gradients = (True, False) if backward.query_gradient else (False,)
+    found = spills(forward.file, [forward.name(precision, dims, option) for option in options], architecture)
+    found += spills(backward.file, [backward.name(precision, dims, 0, gradient) for gradient in gradients], architecture)
+    found += spills(query.file, [query.name(precision, dims, 0)], architecture)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("architecture", SHARED_LIMITS)
+@pytest.mark.parametrize("precision", tiles.PRECISIONS)
+def test_row_kernels(architecture, precision):
+    kind = tiles.PRECISIONS[precision]
+    head_dims = sorted({head_dim for head_dim, _ in tiles.HEAD_DIMS})
+    names = [f"backward_prepare<{kind}, {head_dim}, {flag}>" for head_dim in head_dims for flag in ("true", "false")]
+    names += [f"backward_finish<{kind}, {head_dim}>" for head_dim in head_dims]
+    assert spills("backward_rows.cu", names, architecture) == []
+
+
+def test_a_spill_is_seen():
+    """The check above fails on a kernel that keeps an array in local memory."""
+    source = "__global__ void local(int* x) { int y[64]; for (int i = 0; i < 64; ++i) y[x[i] & 63] = i; *x = y[*x & 63]; }"
+    log, (mangled,) = compile_program(source, ["local"])
+    assert re.search(rf"Function properties for {mangled}\n.*? [1-9]\d* bytes stack frame", log)
+
+
+def layout_assertions(shift=0):
+    """The offset and size of each field, and the size of the whole, of the two structs; `shift` moves one of them."""
+    for struct, layout in (("Array", launch.VIEW), ("Problem", launch.LAYOUT)):
+        for name in layout.names:
+            dtype, offset = layout.fields[name][:2]
+            if (struct, name) == ("Problem", "heads"):
+                offset += shift
+            yield f"__builtin_offsetof({struct}, {name}) == {offset}"
+            yield f"sizeof({struct}::{name}) == {dtype.itemsize}"
+        yield f"sizeof({struct}) == {layout.itemsize}"
+
+
+def program_of_assertions(header, conditions):
+    return f'#include "{header}"\n' + "".join(f'static_assert({condition}, "");\n' for condition in conditions)
+
+
+def test_layout_of_the_argument():
+    compile_program(program_of_assertions("problem.cuh", layout_assertions()))
+    compile_program(program_of_assertions("problem.cuh", [f"BATCH_DIMS == {launch.BATCH_DIMS}"]))
+
+
+def test_a_wrong_layout_is_seen():
+    with pytest.raises(AssertionError, match=r"static assertion failed|static_assert"):
+        compile_program(program_of_assertions("problem.cuh", layout_assertions(shift=4)))
+
+
+def tile_template(tile):
+    """The C++ struct of a tile and the parameters of it that follow the precision and the head dims."""
+    return {
+        tiles.ForwardTile: ("ForwardTiles", ("warps", "row_tiles", "key_tile", "stages")),
+        tiles.BackwardTile: ("BackwardTiles", ("warps", "row_tiles", "column_groups", "query_tile", "stages", "score_tiles")),
+        tiles.BackwardQueryTile: ("BackwardQueryTiles", ("warps", "row_tiles", "key_tile", "stages")),
+    }[tile]
+
+
+@pytest.mark.parametrize("table", ["FORWARD", "BACKWARD", "BACKWARD_QUERY"])
+def test_sizes_of_tiles(table):
+    """Shared memory, threads and tile sizes of every tile of the table, as the kernels have them."""
+    conditions, file = set(), None
+    for tile, precision, dims in tiles.instances():
+        if tile not in tiles.row(getattr(tiles, table), precision, dims):
+            continue
+        file = tile.file
+        struct, parameters = tile_template(type(tile))
+        arguments = ", ".join(map(str, (tiles.PRECISIONS[precision], *dims, *(getattr(tile, name) for name in parameters))))
+        sizes = {"SHARED_BYTES": tile.shared_bytes(dims, tiles.element_bytes(precision)), "THREADS": tile.threads}
+        if table == "BACKWARD":
+            sizes["KEY_TILE"] = tile.key_tile
+        else:
+            sizes["QUERY_TILE"] = tile.query_tile
+        conditions |= {f"{struct}<{arguments}>::{name} == {value}" for name, value in sizes.items()}
+    assert len(conditions) > len(tiles.HEAD_DIMS)
+    compile_program(program_of_assertions(file, sorted(conditions)))
+
+
+def test_enums():
+    conditions = [f"SCALE_FIRST == {tiles.SCALE_FIRST}"]
+    conditions += [f"sizeof(ElementOf<{kind}>::type) == {tiles.element_bytes(precision)}" for precision, kind in tiles.PRECISIONS.items()]
+    kinds = list(tiles.PRECISIONS.values())
+    conditions += [f"{one} != {other}" for one in kinds for other in kinds if one != other]
+    compile_program(program_of_assertions("score.cuh", conditions))
+
+
+def test_every_head_dim_has_kernels():
+    for head_dim in range(1, 257):
+        for value_dim in range(1, 257):
+            dims = tiles.head_dims(head_dim, value_dim)
+            assert head_dim <= dims[0] and value_dim <= dims[1]
+
+
+def test_every_row_ends_with_a_tile_for_the_smallest_gpu():
+    for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY):
+        for precision in tiles.PRECISIONS:
+            for dims in tiles.HEAD_DIMS:
+                last = tiles.row(table, precision, dims)[-1]
+                assert last.shared_bytes(dims, tiles.element_bytes(precision)) <= SMALLEST_LIMIT, (last, precision, dims)
+
+
+def test_shared_memory_of_neighbouring_blocks_fits():
+    """A tile that is compiled for several blocks on one multiprocessor leaves room for them in the 228 KiB of an H200, of which each block takes 1 KiB more."""
+    for tile, precision, dims in tiles.instances():
+        needed = tile.blocks_per_sm * (tile.shared_bytes(dims, tiles.element_bytes(precision)) + 1024)
+        assert needed <= 228 * 1024, (tile, precision, dims)
+
+
+def test_tiles_divide_the_padded_rows():
+    """Rows are padded to the largest of the tiles that read them, which must be a multiple of the others."""
+    for architecture, precision, dims in (choice.values for choice in choices()):
+        main, query = (tiles.choose(table, precision, dims, SHARED_LIMITS[architecture]) for table in (tiles.BACKWARD, tiles.BACKWARD_QUERY))
+        sizes = (main.query_tile, query.query_tile, launch.ROWS_PER_BLOCK)
+        assert all(max(sizes) % size == 0 for size in sizes), (main, query)
+
+
+@pytest.fixture
+def copied_kernels(tmp_path, monkeypatch):
+    """A copy of kernels/ that the modules are made from for this test."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(modules.kernels_folder(), folder)
+    monkeypatch.setattr(modules, "kernels_folder", lambda: folder)
+    modules._digest.cache_clear()
+    yield folder
+    modules._digest.cache_clear()
+
+
+@pytest.mark.parametrize("header", ["score.cuh", "ptx/mma_sm80.cuh", "backward_sm80.cu"])
+def test_the_source_changes_with_every_file(copied_kernels, header):
+    """CuPy caches by the source text, and does not look into included files."""
+    before = modules.source("forward_sm80.cu")
+    modules._digest.cache_clear()
+    assert modules.source("forward_sm80.cu") == before
+    with open(copied_kernels / header, "a") as file:
+        file.write("// changed\n")
+    modules._digest.cache_clear()
+    after = modules.source("forward_sm80.cu")
+    assert after != before
+    assert '#include "forward_sm80.cu"' in after
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """cupy.cuda.Device of a GPU that may not exist."""
+
+    class Device:
+        compute_capability = "99"
+
+        def __init__(self, device=None):
+            self.id = device
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(cupy.cuda, "Device", Device)
+
+
+def test_a_kernel_that_does_not_compile_says_what_is_needed(fake_device, monkeypatch):
+    class RawModule:
+        def __init__(self, **arguments):
+            pass
+
+        def get_function(self, name):
+            raise cupy.cuda.compiler.CompileException("error: no such architecture", "source", name, (), "nvrtc")
+
+    monkeypatch.setattr(cupy, "RawModule", RawModule)
+    with pytest.raises(RuntimeError) as caught:
+        modules.kernel("forward_sm80.cu", "no_such_kernel<1>", 0, 0)
+    message = str(caught.value)
+    assert "no_such_kernel<1> of forward_sm80.cu" in message
+    assert f"NVRTC {modules.nvrtc_version()}" in message
+    assert "sm_99" in message
+    assert re.search(r"needs an NVRTC that .*, 1\d\.\d or newer", message)
+    assert "cuflash[cuda12]" in message and "cuflash[cuda13]" in message
+    assert "error: no such architecture" in message
+
+
+def test_a_compilation_is_logged(fake_device, monkeypatch, caplog):
+    class Kernel:
+        num_regs, local_size_bytes, max_dynamic_shared_size_bytes = 77, 8, 0
+
+    class RawModule:
+        def __init__(self, **arguments):
+            self.arguments = arguments
+
+        def get_function(self, name):
+            assert self.arguments["name_expressions"] == (name,)
+            return Kernel()
+
+    monkeypatch.setattr(cupy, "RawModule", RawModule)
+    caplog.set_level(logging.INFO, "cuflash")
+    kernel = modules.kernel.__wrapped__("forward_sm80.cu", "some_kernel<1>", 99 * 1024, 0)
+    assert kernel.max_dynamic_shared_size_bytes == 99 * 1024
+    (record,) = caplog.records
+    assert re.fullmatch(r"some_kernel<1>: compiled or loaded in \d+\.\d\d s, 77 registers, 8 bytes of local memory", record.getMessage())
+
+
+def test_warmup_compiles_what_calls_use(monkeypatch):
+    """The names that warmup compiles are instances of the table."""
+    from cuflash import cupy_backend
+
+    class Device:
+        id = 0
+
+    compiled = []
+    monkeypatch.setattr(cupy.cuda, "Device", Device)
+    monkeypatch.setattr(launch, "shared_limit", lambda device: SHARED_LIMITS["sm_90"])
+    monkeypatch.setattr(modules, "kernel", lambda file, name, shared_bytes, device: compiled.append((file, name)))
+    yielded = [name for name, seconds in cupy_backend.warmup(["bfloat16"], [32])]
+    assert yielded == [name for _, name in compiled]
+    for file in {file for file, _ in compiled}:
+        compile_program(f'#include "{file}"\n', [name for own, name in compiled if own == file])
