@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
             for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
 #pragma unroll
               for (int i = 0; i < 2; ++i)
-                if (n * 8 + i < begin || n * 8 + i >= end) p[m][n][2 * half + i] = 0.0f;
+                if ((u32)(n * 8 + i - begin) >= (u32)(end - begin)) p[m][n][2 * half + i] = 0.0f;   // outside [begin, end)
           }
       }
 

@@ -100,6 +100,11 @@ def expected_and_dense(expected_function, dense_function, arrays, outputs_have_f
     return list(zip(expected, *dense))
 
 
+def feature_roundings(arrays, head_dim):
+    """More than one where a score is a single product: the dense computation then rounds once, which the split products of float32 on a GPU do not match."""
+    return 8 if head_dim == 1 and arrays.precision == "float32" and arrays.xp is not numpy else 1
+
+
 def check_forward(q, k, v, *, roundings=1, out=None, **options):
     """attention_forward against the reference; returns out and lse."""
     wanted = expected_and_dense(reference.attention_forward, reference.dense_forward, (q, k, v), (True, False), options)

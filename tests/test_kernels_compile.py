@@ -73,11 +73,12 @@ def spills(file, names, architecture):
 @pytest.mark.parametrize(("architecture", "precision", "dims"), list(choices()))
 def test_instances(architecture, precision, dims):
     limit = SHARED_LIMITS[architecture]
-    forward, backward, query = (tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY))
-    options = (0, tiles.SCALE_FIRST) if architecture == "sm_90" and dims in SCALE_FIRST_DIMS else (0,)
-    gradients = (True, False) if backward.query_gradient else (False,)
-    found = spills(forward.file, [forward.name(precision, dims, option) for option in options], architecture)
-    found += spills(backward.file, [backward.name(precision, dims, 0, gradient) for gradient in gradients], architecture)
+    tables = (tiles.FORWARD, tiles.FORWARD_WITH_OPTIONS, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
+    forward, with_options, backward, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
+    scaled_first = [with_options.name(precision, dims, tiles.SCALE_FIRST)] if architecture == "sm_90" and dims in SCALE_FIRST_DIMS else []
+    found = spills(forward.file, [forward.name(precision, dims, 0), *scaled_first], architecture)
+    with_dq = [backward.name(precision, dims, 0, True)] if backward.query_gradient else []
+    found += spills(backward.file, [*with_dq, without_dq.name(precision, dims, 0, False)], architecture)
     found += spills(query.file, [query.name(precision, dims, 0)], architecture)
     assert not found, "\n".join(found)
 
@@ -170,7 +171,7 @@ def test_every_head_dim_has_kernels():
 
 
 def test_every_row_ends_with_a_tile_for_the_smallest_gpu():
-    for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY):
+    for table in (tiles.FORWARD, tiles.FORWARD_WITH_OPTIONS, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY):
         for precision in tiles.PRECISIONS:
             for dims in tiles.HEAD_DIMS:
                 last = tiles.row(table, precision, dims)[-1]

@@ -164,9 +164,12 @@ def warmup(dtypes, head_dims):
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
             dims = tiles.head_dims(head_dim, head_dim)
-            forward_tile, main, query = (tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY))
+            tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
+            forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
             wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
-            wanted += [(main.file, main.name(precision, dims, 0, gradient), main.shared_bytes(dims, size)) for gradient in (True, False)]
+            if main.query_gradient:
+                wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
+            wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
             wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
             wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {flag}>", 0) for flag in ("true", "false")]
             wanted += [("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}>", 0)]

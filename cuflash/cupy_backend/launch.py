@@ -141,9 +141,10 @@ def plan_forward(problem, q, k, v, out, lse, offset):
     """The launch of a forward pass; q, k, v, out, lse are layouts."""
     dims = tiles.head_dims(problem.head_dim, problem.value_dim)
     size = tiles.element_bytes(problem.precision)
-    tile = tiles.choose(tiles.FORWARD, problem.precision, dims, shared_limit(problem.device))
+    options = options_of(problem)
+    tile = tiles.choose(tiles.FORWARD_WITH_OPTIONS if options else tiles.FORWARD, problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
-    kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options_of(problem)), shared_bytes, problem.device)
+    kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
     group = problem.heads // max(problem.key_heads, problem.value_heads)
     places = math.prod(problem.batch) * problem.heads
     sweep_heads = sweep(problem, problem.key_length * sum(dims) * size // group, places)
@@ -163,6 +164,8 @@ class BackwardPlan:
         main = tiles.choose(tiles.BACKWARD, precision, dims, limit)
         # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
         self.separate_dq = problem.deterministic or not main.query_gradient
+        if self.separate_dq:
+            main = tiles.choose(tiles.BACKWARD_WITHOUT_DQ, precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
         padding = max(ROWS_PER_BLOCK, main.query_tile, query.query_tile if self.separate_dq else 0)
         padded = -(-problem.query_length // padding) * padding

@@ -153,11 +153,10 @@ BACKWARD = {
     "16-bit": {
         32: [BackwardTile(4, 2, 1, 32, 3, 1, 1, 2)],
         64: [BackwardTile(4, 2, 1, 32, 3, 1, 1, 2)],
-        (96, 32): [BackwardTile(8, 2, 2, 64, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
-        96: [BackwardTile(8, 1, 1, 64, 2, 1, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
+        96: [BackwardTile(8, 2, 2, 64, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)],
         128: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
         192: [BackwardTile(8, 2, 4, 64, 2, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
-        256: [BackwardTile(8, 2, 4, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 2, 4, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 2, 2, 1)],
     },
     "tf32": {
         32: [BackwardTile(4, 2, 1, 32, 2, 1, 1, 2)],
@@ -177,6 +176,9 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
+# Where another variant of a kernel needs more registers than the tile above leaves it.
+FORWARD_WITH_OPTIONS = FORWARD | {"16-bit": FORWARD["16-bit"] | {64: [ForwardTile(4, 2, 64, 2, 2)]}}
+BACKWARD_WITHOUT_DQ = BACKWARD | {"16-bit": BACKWARD["16-bit"] | {64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)]}}
 _QUERY_FLOAT32 = {
     32: [BackwardQueryTile(4, 1, 32, 2, 1)],
     64: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -213,7 +215,7 @@ def choose(table, precision, dims, shared_limit):
 
 def instances():
     """Every (tile, precision, dims) of the table."""
-    for table in (FORWARD, BACKWARD, BACKWARD_QUERY):
+    for table in (FORWARD, FORWARD_WITH_OPTIONS, BACKWARD, BACKWARD_WITHOUT_DQ, BACKWARD_QUERY):
         for precision in PRECISIONS:
             for dims in HEAD_DIMS:
                 for tile in row(table, precision, dims):
