@@ -107,7 +107,7 @@ def layout_assertions(shift=0):
             dtype, offset = layout.fields[name][:2]
             if (struct, name) == ("Problem", "heads"):
                 offset += shift
-            yield f"__builtin_offsetof({struct}, {name}) == {offset}"
+            yield f"__INTADDR__(&((({struct}*)0)->{name})) == {offset}"  # the front end's offsetof; NVRTC 13.0 does not know the builtin
             yield f"sizeof({struct}::{name}) == {dtype.itemsize}"
         yield f"sizeof({struct}) == {layout.itemsize}"
 

@@ -118,7 +118,7 @@ def _ready(name, array):
     kept = tuple(slice(None) if stride else slice(0, 1) for stride in array.strides[:-1])   # a broadcast axis is not copied out
     source = array[kept]
     columns = -(-array.shape[-1] * size // 16) * 16 // size
-    copy = cupy.empty((*source.shape[:-1], columns), array.dtype)[..., : array.shape[-1]]
+    copy = cupy.zeros((*source.shape[:-1], columns), array.dtype)[..., : array.shape[-1]]
     copy[...] = source
     return cupy.broadcast_to(copy, array.shape)
 
