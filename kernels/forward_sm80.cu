@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
     load_stage(tile + STAGES - 1);
     keep_here(base);
     const RowsOfA<typename Tiles::Q> q_rows(typename Tiles::Q{base}, lane);
+
     // S = Q Kᵀ
     float scores[ROW_TILES][KEY_TILE / 8][4] = {};
     const ColumnsOfB<typename Tiles::K> k_columns(k_tile(tile % STAGES), lane);
