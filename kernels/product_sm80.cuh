@@ -8,7 +8,8 @@
 #include "ptx/mma_sm80.cuh"
 #include "shared_tile.cuh"
 
-// What mma takes: for FLOAT32 every x is high + low with high = x rounded to tf32, so that x·y = high·high + high·low + low·high up to 2^-22 |x·y|.
+// What mma takes: for FLOAT32 every x is high + low with high = x rounded to tf32, so that x·y = high·high + high·low + low·high but for
+// low · low and the last bits of the low parts, which mma drops: a few times 2^-22 |x·y|.
 template <int PRECISION, int WORDS> struct Fragment { u32 high[WORDS], low[WORDS]; };
 
 template <int PRECISION, int WORDS> __device__ __forceinline__ Fragment<PRECISION, WORDS> fragment(const u32* words) {
@@ -32,7 +33,7 @@ template <int PRECISION> __device__ __forceinline__ void multiply(float (&d)[4],
 }
 
 // d += a · b over a few steps, FLOAT32. The tensor cores add by truncation: chained over all of k, errors would all go one way and grow with its length. So
-// a few steps are summed from zero, the small products first, and added to d in round-to-nearest (Ootomo & Yokota 2022, arXiv:2203.03341, section 3.2).
+// a few steps are summed from zero, the small products first, and added to d in round-to-nearest (Ootomo & Yokota 2022, arXiv:2203.03341).
 // An infinite input has a low part of NaN; then the small products are NaN, and the maximum drops them, so that high · high decides as a float32 product would.
 // low · low is left out, at most 2^-22 of a term: among many terms it drowns, but a sum of FEW takes it in.
 template <int STEPS, bool FEW>

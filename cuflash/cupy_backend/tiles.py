@@ -1,6 +1,9 @@
 """The tuning table: which tile of which kernel for which precision, head dimensions and GPU.
 
-Every number was measured on an H200 (`python -m bench`); where that tile needs more shared memory than a GPU gives a block, the next of its row is taken.
+Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
+of 64 and more come from sweeps on an H200. Not timed against others: head dim 32, the pairs of unequal head dims except forward (64, 32) and (192, 128),
+every later tile of a row, tf32 at 96 and 192 and forward at 256, all of BACKWARD_QUERY and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed
+ones which spilled: backward 16-bit at 256 and backward tf32 at 128.
 """
 
 import dataclasses
