@@ -2,6 +2,7 @@
 
 import configparser
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -186,10 +187,17 @@ def test_ci_runs_the_readme_test_command():
 def test_readme_bench_options_exist():
     from bench.__main__ import arguments
 
-    used = set(re.findall(r"`python -m bench([^`]*)`", README))
+    used = set(re.findall(r"`python -m bench((?: [^`]*)?)`", README))
     assert used
     for options in used:
         arguments(options.split())
+
+
+def test_readme_bench_modules_exist():
+    modules = set(re.findall(r"`python -m (bench\.\w+)", README))
+    assert modules
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None, module
 
 
 def test_readme_example_runs_and_prints_what_it_says():
