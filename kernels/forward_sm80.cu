@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
         [&](u32(&words)[4], int m, int step) { q_rows.load(words, warp * Tiles::WARP_ROWS + m * 16, step); },
         [&](u32(&words)[4], int column, int step) { k_columns.load(words, column, step); });
 
-    if constexpr (OPTIONS != 0) {
+    if constexpr (OPTIONS & SCALE_FIRST) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 
     // O += P V, with P straight from the accumulators of S
     const RowsOfB<typename Tiles::V> v_rows(v_tile(tile % STAGES), lane);
-    accumulate<PRECISION, ROW_TILES, VALUE_DIM, KEY_TILE / K_STEP, true>(
+    accumulate<PRECISION, ROW_TILES, VALUE_DIM, KEY_TILE / K_STEP, true, (OPTIONS & LONG_SUMS) != 0>(
         output, [&](u32(&words)[4], int m, int step) { words_of_accumulators<PRECISION, KEY_TILE>(words, scores[m], step); },
         [&](u32(&words)[4], int column, int step) { v_rows.load(words, step, column); });
   }

@@ -141,9 +141,37 @@ __device__ __forceinline__ void store_accumulators(const Tile& tile, int row, in
 }
 
 // d[m][n] += A · B over STEPS steps of k for ROW_TILES x 16 rows and COLUMNS columns. `load_a(words, m, step)` and `load_b(words, column, step)` give
-// the fragments (b: two groups of 8 columns). A_IN_REGISTERS: load_a needs `step` at compile time.
-template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool A_IN_REGISTERS, typename LoadA, typename LoadB>
+// the fragments (b: two groups of 8 columns). A_IN_REGISTERS: load_a needs `step` at compile time. LONG: d has summed many tiles before; the tensor cores
+// truncate what they add to it, which over a million keys takes 0.7 % off a sum of equal terms, so this tile is summed from zero and added in
+// round-to-nearest (FLOAT32 always does so).
+template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool A_IN_REGISTERS, bool LONG = false, typename LoadA, typename LoadB>
 __device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4], LoadA load_a, LoadB load_b) {
+  if constexpr (LONG && PRECISION != FLOAT32) {
+#pragma unroll
+    for (int column = 0; column < COLUMNS; column += 16) {
+      float sum[ROW_TILES][2][4] = {};
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        u32 b[4];
+        load_b(b, column, step);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+          u32 words[4];
+          load_a(words, m, step);   // again for each 16 columns: kept for all of them, A would take the registers of a tile
+          const Fragment<PRECISION, 4> a = fragment<PRECISION, 4>(words);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) multiply<PRECISION>(sum[m][half], a, fragment<PRECISION, 2>(b + 2 * half));
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) d[m][column / 8 + half][i] += sum[m][half][i];
+    }
+    return;
+  }
   // Splitting makes long code of few registers' worth of work: unrolled, it is scheduled so far ahead that the registers run out.
   constexpr int AT_ONCE = PRECISION == FLOAT32 ? 2 : 1, UNROLL = PRECISION == FLOAT32 && !A_IN_REGISTERS ? 1 : STEPS;
   static_assert(STEPS % AT_ONCE == 0, "k is whole steps");

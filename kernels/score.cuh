@@ -5,6 +5,7 @@
 
 enum Option {
   SCALE_FIRST = 1,   // scores are scaled before the row maximum is taken: needed where the scale is not positive
+  LONG_SUMS = 2,     // forward: each tile's part of O is summed from zero and added in round-to-nearest (accumulate in product_sm80.cuh)
 };
 
 // The keys that a query sees are an interval whose two ends never move back from one query to the next; so are the queries that see a key.

@@ -76,7 +76,8 @@ def test_instances(architecture, precision, dims):
     tables = (tiles.FORWARD, tiles.FORWARD_WITH_OPTIONS, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
     forward, with_options, backward, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
     scaled_first = [with_options.name(precision, dims, tiles.SCALE_FIRST)] if architecture == "sm_90" and dims in SCALE_FIRST_DIMS else []
-    found = spills(forward.file, [forward.name(precision, dims, 0), *scaled_first], architecture)
+    long_sums = [with_options.name(precision, dims, tiles.LONG_SUMS)] if precision != "float32" else []
+    found = spills(forward.file, [forward.name(precision, dims, 0), *long_sums, *scaled_first], architecture)
     with_dq = [backward.name(precision, dims, 0, True)] if backward.query_gradient else []
     found += spills(backward.file, [*with_dq, without_dq.name(precision, dims, 0, False)], architecture)
     found += spills(query.file, [query.name(precision, dims, 0)], architecture)
@@ -156,7 +157,7 @@ def test_sizes_of_tiles(table):
 
 
 def test_enums():
-    conditions = [f"SCALE_FIRST == {tiles.SCALE_FIRST}"]
+    conditions = [f"SCALE_FIRST == {tiles.SCALE_FIRST}", f"LONG_SUMS == {tiles.LONG_SUMS}"]
     conditions += [f"sizeof(ElementOf<{kind}>::type) == {tiles.element_bytes(precision)}" for precision, kind in tiles.PRECISIONS.items()]
     kinds = list(tiles.PRECISIONS.values())
     conditions += [f"{one} != {other}" for one in kinds for other in kinds if one != other]

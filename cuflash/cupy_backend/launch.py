@@ -34,6 +34,7 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
+LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels that flush subnormals would multiply scores by 0
 
 
@@ -137,11 +138,16 @@ def options_of(problem):
     return 0 if problem.scale >= SMALLEST_FACTOR else tiles.SCALE_FIRST
 
 
+def forward_options(problem):
+    """The same, with what the forward kernel needs for long sums."""
+    return options_of(problem) | (tiles.LONG_SUMS if problem.key_length > LONG_LENGTH and problem.precision != "float32" else 0)
+
+
 def plan_forward(problem, q, k, v, out, lse, offset):
     """The launch of a forward pass; q, k, v, out, lse are layouts."""
     dims = tiles.head_dims(problem.head_dim, problem.value_dim)
     size = tiles.element_bytes(problem.precision)
-    options = options_of(problem)
+    options = forward_options(problem)
     tile = tiles.choose(tiles.FORWARD_WITH_OPTIONS if options else tiles.FORWARD, problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
@@ -158,7 +164,8 @@ class BackwardPlan:
     def __init__(self, problem, views, offset):
         self.dims = dims = tiles.head_dims(problem.head_dim, problem.value_dim)
         precision, device = problem.precision, problem.device
-        size, limit, options = tiles.element_bytes(precision), shared_limit(device), options_of(problem)
+        size, limit = tiles.element_bytes(precision), shared_limit(device)
+        options = options_of(problem)
         places = math.prod(problem.batch) * problem.heads
 
         main = tiles.choose(tiles.BACKWARD, precision, dims, limit)

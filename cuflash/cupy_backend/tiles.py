@@ -14,7 +14,9 @@ HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 
 # As kernels/types.cuh has them.
 PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
 
-SCALE_FIRST = 1  # kernels/score.cuh
+# As kernels/score.cuh has them.
+SCALE_FIRST = 1
+LONG_SUMS = 2
 
 
 def head_dims(head_dim, value_dim):
@@ -147,7 +149,7 @@ FORWARD = {
         (64, 32): [ForwardTile(4, 2, 64, 2, 2)],
         64: [ForwardTile(4, 2, 32, 2, 2)],
         96: [ForwardTile(4, 2, 16, 2, 1)],
-        128: [ForwardTile(8, 2, 16, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        128: [ForwardTile(4, 2, 16, 2, 2)],
         192: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
         256: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
     },
@@ -180,7 +182,18 @@ BACKWARD = {
     },
 }
 # Where another variant of a kernel needs more registers than the tile above leaves it.
-FORWARD_WITH_OPTIONS = FORWARD | {"16-bit": FORWARD["16-bit"] | {64: [ForwardTile(4, 2, 64, 2, 2)]}}
+FORWARD_WITH_OPTIONS = FORWARD | {
+    "16-bit": FORWARD["16-bit"]
+    | {
+        64: [ForwardTile(4, 2, 64, 2, 2)],
+        96: [ForwardTile(4, 2, 32, 2, 2)],
+        128: [ForwardTile(4, 2, 48, 2, 2)],
+        (192, 128): [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        192: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+        256: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
+    },
+    "tf32": FORWARD["tf32"] | {128: [ForwardTile(8, 2, 16, 2, 1), ForwardTile(4, 1, 32, 2, 1)]},
+}
 BACKWARD_WITHOUT_DQ = BACKWARD | {"16-bit": BACKWARD["16-bit"] | {64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)]}}
 _QUERY_FLOAT32 = {
     32: [BackwardQueryTile(4, 1, 32, 2, 1)],
