@@ -14,7 +14,7 @@ def _backend(problem):
 
 @with_options
 def attention(q, k, v, *, out=None, **options):
-    """Exact attention, ``softmax(q @ k.T * scale) @ v``, in memory linear in L and S.
+    """Exact attention, ``softmax(q @ k.T * scale + bias) @ v``, in memory linear in L and S.
 
     CuPy arrays are computed on their GPU, NumPy arrays on the CPU. Arrays in GPU memory that speak ``__dlpack__`` or
     ``__cuda_array_interface__`` are taken as they are, and the result is a CuPy array.
@@ -30,12 +30,12 @@ def attention(q, k, v, *, out=None, **options):
         -3: k and v may have fewer heads, a number that divides q's, which consecutive groups of query heads share.
     {options}
     out : array, optional
-        Where to put the result: of its shape and dtype, any strides, sharing no memory with q, k or v.
+        Where to put the result: of its shape and dtype, any strides, sharing no memory with q, k, v, mask, bias or sinks.
 
     Returns
     -------
     out : array, shape ``(..., L, Ev)``
-        In q's dtype and memory order. Rows that see no key are 0.
+        In q's dtype and memory order. Rows that see no key are 0; so are rows beyond ``q_lengths``.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def attention(q, k, v, *, out=None, **options):
     ValueError
         Shapes and values.
     NotImplementedError
-        Complex arrays, float64 on a GPU, and reserved options.
+        Complex arrays, and float64 on a GPU.
 
     See Also
     --------
@@ -82,7 +82,8 @@ def attention_forward(q, k, v, *, out=None, **options):
     out : array, shape ``(..., L, Ev)``
         As for `attention`.
     lse : array, shape ``(..., L)``
-        Natural logarithm of the softmax denominator, ``log(sum(exp(scores)))``: float32, or float64 for float64 arrays; -inf in rows that see no key.
+        Natural logarithm of the softmax denominator, ``log(sum(exp(scores)))``, with the sink in the sum and before dropout: float32, or float64 for
+        float64 arrays; in rows that see no key -inf, or the sink.
 
     Raises
     ------
@@ -108,7 +109,7 @@ def attention_forward(q, k, v, *, out=None, **options):
 
 @with_options
 def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
-    """Gradients of attention with respect to q, k and v; scores are recomputed tile by tile from lse.
+    """Gradients of attention with respect to q, k and v, and to bias and sinks where they are given; scores are recomputed tile by tile from lse.
 
     Parameters
     ----------
@@ -121,17 +122,22 @@ def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
     dlse : array, shape ``(..., L)``, optional
         Gradient of lse, in its dtype; none if not given.
     {options}
-        The same as in the forward.
+
+        The same as in the forward; with dropout, its seed too.
 
     Returns
     -------
     dq, dk, dv : array
         Each in the shape and dtype of its array; broadcast dimensions and heads that share a key head are summed. Rows that see no key give zeros.
+    dbias : array
+        Only with ``bias``: in its shape and dtype; what it was broadcast along is summed.
+    dsinks : array, shape ``(heads,)``
+        Only with ``sinks``: in its dtype. Rows that see no key give the gradient of their lse, which is the sink.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As for `attention`; also for dout, out, lse or dlse of another place, shape or dtype.
+        As for `attention`; also for dout, out, lse or dlse of another place, shape or dtype, and for dropout without a seed.
 
     References
     ----------
@@ -147,7 +153,7 @@ def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
     >>> dv.sum().round(6)  # each row's weights sum to 1
     np.float64(20.0)
     """
-    problem, q, k, v = make_problem(q, k, v, options)
+    problem, q, k, v = make_problem(q, k, v, options, draw_seed=False)
     out = problem.require("out", out, problem.out_shape, problem.dtype)
     lse = problem.require("lse", lse, problem.lse_shape, problem.lse_dtype)
     return _gradients(problem, dout, q, k, v, out, lse, dlse)
@@ -160,7 +166,8 @@ def attention_vjp(q, k, v, *, out=None, **options):
     Parameters
     ----------
     q, k, v : array
-        ``(..., L, E)``, ``(..., S, E)``, ``(..., S, Ev)``, as for `attention`. They are kept, not copied: do not change them before the last ``vjp``.
+        ``(..., L, E)``, ``(..., S, E)``, ``(..., S, Ev)``, as for `attention`. They, and the options' arrays, are kept, not copied: do not change them
+        before the last ``vjp``.
     {options}
     out : array, optional
         As for `attention`; kept too.
@@ -170,7 +177,8 @@ def attention_vjp(q, k, v, *, out=None, **options):
     out : array, shape ``(..., L, Ev)``
         As for `attention`.
     vjp : callable
-        ``vjp(dout, dlse=None) -> (dq, dk, dv)``, as `attention_backward`; any number of times.
+        ``vjp(dout, dlse=None) -> (dq, dk, dv)``, then dbias and dsinks where there are such arrays, as `attention_backward`; any number of times. With
+        dropout it drops what the forward dropped.
 
     Raises
     ------
@@ -196,7 +204,7 @@ def attention_vjp(q, k, v, *, out=None, **options):
     out, lse = _backend(problem).forward(problem, q, k, v, out)
 
     def vjp(dout, dlse=None):
-        """Gradients of (q, k, v), given that of out (and of lse)."""
+        """Gradients of (q, k, v[, bias][, sinks]), given that of out (and of lse)."""
         return _gradients(problem, dout, q, k, v, out, lse, dlse)
 
     return out, vjp

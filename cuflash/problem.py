@@ -1,23 +1,19 @@
 """One validated call. Every argument is checked here, once, before any work; no layer below checks again."""
 
 import dataclasses
-import functools
-import math
-import os
 import sys
 
 import numpy
 
-from cuflash.options import DEFAULTS, NOT_YET
+from cuflash import arguments
+from cuflash.arguments import as_array, same_place, sums_dtype
+from cuflash.options import DEFAULTS
 
 MAX_HEAD_DIM = 256
-MAX_OFFSET = 2**62  # i + offset must not overflow int64 for any row or key
-
-_ALLOWED = "NumPy arrays, CuPy arrays, or arrays in GPU memory with __dlpack__ or __cuda_array_interface__"
-_DLPACK_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_BOOLEAN = (numpy.dtype(bool),)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Problem:
     """What one call is about: where it runs, its sizes, its numbers, and what happens to a score.
 
@@ -40,9 +36,27 @@ class Problem:
     head_dim: int  # E
     value_dim: int  # Ev
     scale: float
-    offset: object  # int, or an int64 array that broadcasts to `batch`, where q is
-    causal: bool
+    # Arrays are where q is. Query i stands at key i + offset; in packed sequences i and j count from the sequence's start.
+    offset: object  # int; an int64 array that broadcasts to `batch`; or None: keys less queries of each batch entry (see lengths) or packed sequence
+    left: int | None  # query i sees the keys i + offset - left <= j <= i + offset + right; None is no bound
+    right: int | None
+    mask: object  # None or booleans of len(lead) + 2 axes, each of length 1 or that of (*lead, L, S); True is seen
+    bias: object  # None or numbers, of q's dtype or that of sums, with axes as the mask's
+    bias_shape: tuple | None  # the shape that the bias was given with, and that its gradient gets
+    softcap: float  # 0.0 is none
+    alibi_slopes: object  # None or numbers of the dtype of sums with len(batch) + 1 axes: (heads) last, the others of length 1 or full
+    sinks: object  # None or (heads,), of q's dtype or that of sums
+    q_lengths: object  # None or int32 or int64 that broadcast to `batch`: valid rows. Values on a GPU have not been looked at
+    kv_lengths: object  # None or the same for keys
+    cu_q: object  # None or int32 (sequences + 1,): packed sequence n has the rows cu_q[n] to cu_q[n + 1]
+    cu_k: object  # None or the same for keys
+    sequences: int  # number of packed sequences; 0 for arrays that are not packed
+    dropout: float  # 0.0 is none
+    seed: int  # 0 <= seed < 2**64
     deterministic: bool
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)  # the setter of a frozen dataclass, once for each field, takes half the time of a whole check
 
     @property
     def out_shape(self):
@@ -57,6 +71,11 @@ class Problem:
         return sums_dtype(self.dtype)
 
     @property
+    def keep(self):
+        """Dropout in 16 bits: of 65536 weights this number is kept, and results are scaled by 65536 / keep."""
+        return arguments.kept_of_65536(self.dropout)
+
+    @property
     def xp(self):
         """The module itself, numpy or cupy."""
         return numpy if self.device is None else sys.modules["cupy"]
@@ -64,7 +83,7 @@ class Problem:
     def require(self, name, array, shape, dtype):
         """The array, checked to be where q is, with this shape and dtype."""
         array, device = as_array(name, array)
-        _same_place("q", self.device, name, device)
+        same_place("q", self.device, name, device)
         if array.dtype != dtype:
             raise TypeError(f"{name} has dtype {array.dtype}; allowed here: {dtype}")
         if array.shape != shape:
@@ -72,34 +91,31 @@ class Problem:
         return array
 
     def require_output(self, out, **inputs):
-        """`out` checked as an argument: its place, shape and dtype, that it can be written and that it shares no memory with the inputs."""
+        """`out` checked as an argument: its place, shape and dtype, that it can be written and that it shares no memory with inputs, mask, bias or sinks."""
         out = self.require("out", out, self.out_shape, self.dtype)
         if self.device is None and not out.flags.writeable:
             raise ValueError("out is read-only; allowed: a writeable array")
         if any(stride == 0 and length > 1 for stride, length in zip(out.strides, out.shape)):
             raise ValueError(f"out has strides {out.strides} for shape {out.shape}, so that its elements share memory; allowed: an array without stride 0")
+        inputs |= {name: array for name, array in (("mask", self.mask), ("bias", self.bias), ("sinks", self.sinks)) if array is not None}
         for name, array in inputs.items():
             if shares_memory(out, array):
                 raise ValueError(f"out shares memory with {name}; allowed: an array that overlaps none of {', '.join(inputs)}")
         return out
 
 
-def make_problem(q, k, v, options):
-    """Check one call; return its Problem and q, k, v as NumPy or CuPy arrays (the same memory)."""
+def make_problem(q, k, v, options, draw_seed=True):
+    """Check one call; return its Problem and q, k, v as NumPy or CuPy arrays (the same memory). A backward cannot draw its own seed for dropout."""
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
         raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}; allowed: {', '.join(DEFAULTS)}")
-    for name in NOT_YET:
-        if name in options and options[name] is not DEFAULTS[name] and not (name == "dropout" and _is_number(options[name]) and options[name] == 0):
-            raise NotImplementedError(f"{name} is not implemented yet; leave it at its default {DEFAULTS[name]!r}")
-
     q, device = as_array("q", q)
     k, k_device = as_array("k", k)
     v, v_device = as_array("v", v)
-    _same_place("q", device, "k", k_device)
-    _same_place("q", device, "v", v_device)
+    same_place("q", device, "k", k_device)
+    same_place("q", device, "v", v_device)
     dtype = q.dtype
-    kind = _supported_dtype("q", dtype, device)
+    kind = arguments.supported_dtype("q", dtype, device)
     for name, array in (("k", k), ("v", v)):
         if array.dtype != dtype:
             raise TypeError(f"{name} has dtype {array.dtype} and q has {dtype}; allowed: one dtype for q, k and v")
@@ -115,11 +131,24 @@ def make_problem(q, k, v, options):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{name} a last dimension of {size}; allowed: 1 to {MAX_HEAD_DIM}")
 
+    given = DEFAULTS | options
+    sums = sums_dtype(dtype)
+    scores_shape = (*lead, query_length, key_length)
+    left, right = arguments.window(given["window"], arguments.flag("causal", given["causal"]))
+    bias = None if given["bias"] is None else as_array("bias", given["bias"])[0]
+    q_lengths = arguments.lengths("q_lengths", given["q_lengths"], query_length, batch, device)
+    kv_lengths = arguments.lengths("kv_lengths", given["kv_lengths"], key_length, batch, device)
+    cu_q, cu_k, sequences = arguments.cu_seqlens(given["cu_seqlens"], query_length, key_length, device)
+    if given["offset"] is not None:
+        offset = arguments.offset(given["offset"], batch, device)
+    else:
+        offset = key_length - query_length if q_lengths is None and kv_lengths is None and not sequences else None
+    dropout, seed = arguments.dropout(given["dropout"], given["seed"], draw_seed)
     problem = Problem(
         module="numpy" if device is None else "cupy",
         device=device,
         dtype=dtype,
-        precision=_precision(options.get("precision"), kind, device),
+        precision=arguments.precision(given["precision"], kind, device),
         batch=batch,
         heads=heads,
         lead=lead,
@@ -130,32 +159,26 @@ def make_problem(q, k, v, options):
         key_length=key_length,
         head_dim=head_dim,
         value_dim=value_dim,
-        scale=_scale(options.get("scale"), head_dim, kind),
-        offset=_offset(options.get("offset"), key_length - query_length, batch, device),
-        causal=_flag("causal", options.get("causal", False)),
-        deterministic=_flag("deterministic", options.get("deterministic", False)),
+        scale=arguments.scale(given["scale"], head_dim, kind),
+        offset=offset,
+        left=left,
+        right=right,
+        mask=arguments.over_scores("mask", given["mask"], scores_shape, _BOOLEAN, device),
+        bias=arguments.over_scores("bias", bias, scores_shape, (dtype, sums), device),
+        bias_shape=None if bias is None else bias.shape,
+        softcap=arguments.softcap(given["softcap"], kind),
+        alibi_slopes=arguments.alibi_slopes(given["alibi_slopes"], batch, heads, sums, device),
+        sinks=arguments.sinks(given["sinks"], heads, (dtype, sums), device),
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+        cu_q=cu_q,
+        cu_k=cu_k,
+        sequences=sequences,
+        dropout=dropout,
+        seed=seed,
+        deterministic=arguments.flag("deterministic", given["deterministic"]),
     )
     return problem, q, k, v
-
-
-def as_array(name, array):
-    """The array and its GPU index (None for NumPy). CuPy is imported only when an array on a GPU is seen."""
-    if isinstance(array, numpy.ndarray):
-        if isinstance(array, numpy.ma.MaskedArray):
-            raise TypeError(f"{name} is a numpy.ma.MaskedArray, whose mask would be ignored; allowed: {_ALLOWED}")
-        return (array if type(array) is numpy.ndarray else numpy.asarray(array)), None
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return array, array.device.id
-    exporter = type(array)
-    # from_dlpack first: __cuda_array_interface__ has no name for bfloat16.
-    if hasattr(exporter, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_GPU:
-        array = _import_cupy(name, exporter).from_dlpack(array)
-    elif hasattr(array, "__cuda_array_interface__"):
-        array = _import_cupy(name, exporter).asarray(array)
-    else:
-        raise TypeError(f"{name} is a {exporter.__module__}.{exporter.__qualname__}; allowed: {_ALLOWED}")
-    return array, array.device.id
 
 
 def allocate_like_order(xp, like, shape, dtype):
@@ -181,11 +204,6 @@ def allocate_like_order(xp, like, shape, dtype):
         return xp.empty(shape, dtype)
     inverse = sorted(range(ndim), key=order.__getitem__)
     return xp.empty([shape[axis] for axis in order], dtype).transpose(inverse)
-
-
-def sums_dtype(dtype):
-    """The dtype of sums, softmax and lse for arrays of `dtype`."""
-    return numpy.dtype(numpy.float64) if dtype == numpy.float64 else numpy.dtype(numpy.float32)
 
 
 def shares_memory(a, b):
@@ -225,36 +243,6 @@ def _byte_bounds(array):
     return address + sum(span for span in spans if span < 0), address + sum(span for span in spans if span > 0) + array.dtype.itemsize
 
 
-def _import_cupy(name, exporter):
-    try:
-        import cupy
-    except ImportError as error:
-        raise TypeError(f"{name} is a {exporter.__module__}.{exporter.__qualname__} in GPU memory, which needs CuPy, and CuPy cannot be imported") from error
-    return cupy
-
-
-def _same_place(first, first_device, name, device):
-    if device != first_device:
-        places = ["a NumPy array" if place is None else f"on GPU {place}" for place in (first_device, device)]
-        raise TypeError(f"{name} is {places[1]} and {first} is {places[0]}; allowed: all arrays NumPy, or all on one GPU")
-
-
-@functools.lru_cache(maxsize=64)
-def _dtype_name(dtype):
-    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
-
-
-def _supported_dtype(name, dtype, device):
-    kind = _dtype_name(dtype)
-    if kind in ("float32", "bfloat16", "float16") or (kind == "float64" and device is None):
-        return kind
-    if kind == "float64":
-        raise NotImplementedError(f"{name} has dtype float64 on a GPU, which is not implemented yet; allowed there: float16, bfloat16, float32")
-    if kind in ("complex64", "complex128"):
-        raise NotImplementedError(f"{name} has dtype {kind}, which is not implemented yet; allowed: float16, bfloat16, float32, float64")
-    raise TypeError(f"{name} has dtype {kind}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64")
-
-
 def _leading_dimensions(q, k, v):
     """batch, heads, lead, query_heads, key_heads, value_heads."""
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -280,81 +268,3 @@ def _leading_dimensions(q, k, v):
             message = f"{name} has shape {array.shape} and q has {q.shape}: {own} and {query_heads} heads (axis -3)"
             raise ValueError(f"{message}; allowed: a number of heads that divides q's, or q with one head and the same number in k and v")
     return batch, heads, (*batch, heads), query_heads, key_heads, value_heads
-
-
-def _is_number(value):
-    return isinstance(value, (int, float, numpy.integer, numpy.floating)) and not isinstance(value, (bool, numpy.bool_))
-
-
-def _scale(scale, head_dim, kind):
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if not _is_number(scale):
-        raise TypeError(f"scale is {scale!r} of type {type(scale).__qualname__}; allowed: a finite real number, or None for 1/sqrt(E)")
-    scale = float(scale)
-    limit = sys.float_info.max if kind == "float64" else float(numpy.finfo(numpy.float32).max) * math.log(2)
-    if not abs(scale) <= limit:
-        raise ValueError(f"scale is {scale!r}; allowed: a finite number of magnitude up to {limit:.4g}")
-    return scale
-
-
-def _flag(name, value):
-    if value is True or value is False:
-        return value
-    if isinstance(value, numpy.bool_):
-        return bool(value)
-    raise TypeError(f"{name} is {value!r} of type {type(value).__qualname__}; allowed: True or False")
-
-
-def _precision(precision, kind, device):
-    if precision is None:
-        # CuPy reads the same variable, and only for its own arrays.
-        return "tf32" if kind == "float32" and device is not None and os.environ.get("CUPY_TF32", "0").strip() == "1" else kind
-    if not isinstance(precision, str):
-        raise TypeError(f"precision is {precision!r} of type {type(precision).__qualname__}; allowed: a string or None")
-    allowed = ("float32", "tf32") if kind == "float32" else (kind,)
-    if precision not in allowed:
-        raise ValueError(f"precision is {precision!r}; allowed for {kind} arrays: None or {' or '.join(map(repr, allowed))}")
-    return precision
-
-
-def _offset(offset, default, batch, device):
-    if offset is None:
-        return default
-    if isinstance(offset, (int, numpy.integer)) and not isinstance(offset, bool):
-        offset = int(offset)
-        if abs(offset) > MAX_OFFSET:
-            raise ValueError(f"offset is {offset}; allowed: -2**62 to 2**62")
-        return offset
-    allowed = "an int, or an array or list of integers that broadcasts to the batch dimensions"
-    if isinstance(offset, (list, tuple)):
-        array, place = _integers(offset, allowed), device
-        host = array
-    elif isinstance(offset, (bool, float, str, numpy.generic)):
-        raise TypeError(f"offset is {offset!r} of type {type(offset).__qualname__}; allowed: {allowed}")
-    else:
-        array, place = as_array("offset", offset)
-        host = array if place is None else None
-    _same_place("q", device, "offset", place)
-    # uint64 does not fit int64; bool and bfloat16 are no subtypes of integer.
-    if not numpy.issubdtype(array.dtype, numpy.integer) or not numpy.can_cast(array.dtype, numpy.int64):
-        raise TypeError(f"offset has dtype {array.dtype}; allowed: {allowed} (at most 64 bits, signed)")
-    if len(array.shape) > len(batch) or any(own not in (1, full) for own, full in zip(array.shape[::-1], batch[::-1])):
-        raise ValueError(f"offset has shape {array.shape}; allowed: a shape that broadcasts to the batch dimensions {batch}")
-    if host is not None and host.size and max(int(host.max()), -int(host.min())) > MAX_OFFSET:
-        raise ValueError(f"offset has values from {host.min()} to {host.max()}; allowed: -2**62 to 2**62")
-    if host is not None and host.ndim == 0:
-        return int(host)
-    if device is None:
-        return array.astype(numpy.int64, copy=False)
-    cupy = sys.modules["cupy"]
-    with cupy.cuda.Device(device):
-        return cupy.asarray(array, dtype=numpy.int64)
-
-
-def _integers(values, allowed):
-    try:
-        array = numpy.array(values)
-    except ValueError as error:
-        raise ValueError(f"offset is {values!r}, of uneven lengths; allowed: {allowed}") from error
-    return array.astype(numpy.int64) if array.size == 0 else array

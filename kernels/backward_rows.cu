@@ -1,32 +1,44 @@
 // What the backward pass does to whole rows before and after its main kernel; no products of matrices here.
 //
 //   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
-//   backward_finish:   dQ = scale · dq_sum, in dQ's type
+//                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 where the host sums parts
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "score.cuh"
 
 constexpr int LANES = 8, ROWS = 32;
 
-// The block's rows [first, first + ROWS) of the padded rows of one (batch, head).
-struct RowBlock {
+// The block's rows [first, first + ROWS) of a sequence, and where they lie among the padded rows.
+template <int OPTIONS> struct RowBlock {
   Place place;
+  int padded;   // of the place
+  TileOfSequence slot;
+  Sequence<OPTIONS> sequence;
   int first;
+
   __device__ __forceinline__ RowBlock(const Problem& problem)
-      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), first(blockIdx.x % (problem.padded_queries / ROWS) * ROWS) {}
+      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(slot_of(problem, padded)),
+        sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
+  static __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem, int padded) {
+    if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(problem.cu_q, problem.sequences, problem.queries, problem.padding, padded / problem.padding);
+    return TileOfSequence(0);
+  }
 };
 
-template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
-  const RowBlock block(problem);
+  const RowBlock<OPTIONS> block(problem);
+  const Place& place = block.place;
   const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const bool exists = row < problem.queries;
+  const bool exists = row >= 0 && row < block.sequence.queries, takes_part = exists && row < block.sequence.seeing();
+  const i64 array_row = block.sequence.first_query + row;
 
   float sum = 0.0f;
-  if (exists) {
-    const Element* o = block.place.rows<Element>(problem.out) + row * problem.out.row_stride;
-    const Element* dout = block.place.rows<Element>(problem.dout) + row * problem.dout.row_stride;
+  if (takes_part) {
+    const Element* o = place.rows<Element>(problem.out) + array_row * problem.out.row_stride;
+    const Element* dout = place.rows<Element>(problem.dout) + array_row * problem.dout.row_stride;
     if (whole_chunks(o, problem.out.row_stride, problem.out.columns) && whole_chunks(dout, problem.dout.row_stride, problem.dout.columns)) {
       for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
         __align__(16) Element x[PER_CHUNK], y[PER_CHUNK];
@@ -42,28 +54,37 @@ template <int PRECISION, int HEAD_DIM, bool ZERO_DQ_SUM> __global__ void __launc
 #pragma unroll
   for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
-  const i64 flat = block.place.flat(problem);
+  const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if (lane == 0) {
-    float lse = exists ? block.place.rows<float>(problem.lse)[row * problem.lse.row_stride] : -infinity();
-    const bool sees = lse != -infinity();   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
-    if (sees && problem.dlse.data) sum -= block.place.rows<float>(problem.dlse)[row * problem.dlse.row_stride];
-    problem.row_lse[flat * problem.padded_queries + row] = sees ? Exponential<PRECISION, 0>::shift_of_lse(lse) : infinity();
-    problem.row_d[flat * problem.padded_queries + row] = sees ? sum : 0.0f;
+    const i64 at = first + threadIdx.x / LANES;
+    const float lse = exists ? place.rows<float>(problem.lse)[array_row * problem.lse.row_stride] : -infinity();
+    const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
+    if (finite && problem.dlse.data) sum -= place.rows<float>(problem.dlse)[array_row * problem.dlse.row_stride];
+    problem.row_lse[at] = sees ? Exponential<PRECISION, 0>::shift_of_lse(lse) : infinity();
+    problem.row_d[at] = sees ? sum : 0.0f;
+    if constexpr ((OPTIONS & SINKS) != 0) problem.row_sink[at] = finite ? expf(*place.rows<float>(problem.sinks) - lse) * sum : 0.0f;
   }
   if constexpr (ZERO_DQ_SUM) {
-    float4* dq_sum = (float4*)(problem.dq_sum + (flat * problem.padded_queries + block.first) * HEAD_DIM);
+    float4* dq_sum = (float4*)(problem.dq_sum + first * HEAD_DIM);
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 }
 
-template <int PRECISION, int HEAD_DIM> __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
-  const RowBlock block(problem);
+  const RowBlock<OPTIONS> block(problem);
+  const Place& place = block.place;
   const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  if (row >= problem.queries) return;
-  const float* from = problem.dq_sum + (block.place.flat(problem) * problem.padded_queries + row) * HEAD_DIM;
-  Element* to = block.place.rows<Element>(problem.dq) + row * problem.dq.row_stride;
+  if (row < 0 || row >= block.sequence.queries) return;
+  const float* from = problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded + threadIdx.x / LANES) * HEAD_DIM;
+  const i64 array_row = block.sequence.first_query + row;
+  if (problem.partial) {
+    float* to = place.rows<float>(problem.dq) + array_row * problem.dq.row_stride;
+    for (int column = lane; column < HEAD_DIM; column += LANES) to[column] = from[column] * problem.scale;
+    return;
+  }
+  Element* to = place.rows<Element>(problem.dq) + array_row * problem.dq.row_stride;
   const bool whole = whole_chunks(to, problem.dq.row_stride, problem.dq.columns);
   for (int column = lane * PER_CHUNK; column < problem.dq.columns; column += LANES * PER_CHUNK) {
     __align__(16) Element x[PER_CHUNK];

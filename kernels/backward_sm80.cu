@@ -1,6 +1,7 @@
 // Attention backward by mma.sync and cp.async: dK and dV, and with QUERY_GRADIENT what each key block adds to dQ. FlashAttention-2, algorithm 2.
 //
-//   P = exp(scale · Q Kᵀ - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//   softcap: dS ∘ (1 - tanh²); dropout of the pairs Z: dV = (P ∘ Z)ᵀ dO / keep, dS = P ∘ (Z ∘ dO Vᵀ / keep - D). What scores are is in score.cuh.
 //   Q, dQ (batch, heads, queries, HEAD_DIM), dO (.., queries, VALUE_DIM), K, dK (.., keys, HEAD_DIM), V, dV (.., keys, VALUE_DIM)
 //
 // A block owns KEY_TILE keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share
@@ -34,19 +35,33 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, 
 };
 
 // Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
-template <int KEY_TILE, int QUERY_TILE> struct KeyBlock {
+template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   Schedule schedule;
   Place place;    // of the first of the block's query heads; any of them finds the key head
-  Visible visible;
-  int first_key;
-  int first_tile;    // query tiles before it see none of the keys
+  TileOfSequence slot;
+  Sequence<OPTIONS> sequence;
+  Visible<OPTIONS> visible;
+  int first_key;                 // of the sequence
+  int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
+
+  static __device__ __forceinline__ int slots(const Problem& problem) { return OPTIONS & PACKED ? problem.keys / KEY_TILE + problem.sequences : ceil_div(problem.keys, KEY_TILE); }
+  static __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem, int tile) {
+    if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(problem.cu_k, problem.sequences, problem.keys, KEY_TILE, tile);
+    return TileOfSequence(tile);
+  }
 
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, ceil_div(problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), visible(problem, place) {
+      : schedule(problem, block, slots(problem)), place(problem, schedule.place, problem.grid_heads), slot(slot_of(problem, schedule.tile)), sequence(problem, place, slot.sequence),
+        visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     place.head *= problem.heads_per_block;
-    first_key = schedule.tile * KEY_TILE;
-    first_tile = visible.query_begin(first_key) / QUERY_TILE;
+    const int first_query = visible.query_begin(first_key);
+    const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
+    first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
+    last_tile = ceil_div(visible.query_end(min(first_key + KEY_TILE, visible.keys) - 1), QUERY_TILE);
   }
+
+  // An empty slot has no keys.
+  __device__ __forceinline__ bool exists() const { return !(OPTIONS & PACKED) || (first_key >= 0 && first_key < sequence.keys); }
 };
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int COLUMN_GROUPS, int QUERY_TILE, int STAGES, int SCORE_TILES, int DQ_ROW_TILES,
@@ -56,6 +71,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   using Element = typename Tiles::Element;
   constexpr int K_STEP = 32 / (int)sizeof(Element), KEY_TILE = Tiles::KEY_TILE;
   constexpr int QUERY_COLUMNS = QUERY_TILE / COLUMN_GROUPS, HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_GROUPS;
+  using Block = KeyBlock<OPTIONS, KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int key_row = warp % Tiles::KEY_GROUPS * Tiles::WARP_KEYS, column_group = warp / Tiles::KEY_GROUPS;
@@ -63,12 +79,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   u32 base = shared_address(shared);
   auto stage_address = [&](int tile) { return base + Tiles::FIRST_STAGE + tile % STAGES * Tiles::STAGE_BYTES; };
   {
-    const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, blockIdx.x);
-    const Place place = block.place;
-    const int keys = problem.keys - block.first_key;
-    load_tile<Tiles::THREADS>(typename Tiles::K{base}, place.rows<Element>(problem.k) + block.first_key * problem.k.row_stride, problem.k.row_stride, keys, problem.k.columns);
-    load_tile<Tiles::THREADS>(typename Tiles::V{base + Tiles::K::BYTES}, place.rows<Element>(problem.v) + block.first_key * problem.v.row_stride, problem.v.row_stride, keys,
-                              problem.v.columns);
+    const Block block(problem, blockIdx.x);
+    if (!block.exists()) return;
+    const Place& place = block.place;
+    const i64 first_row = block.sequence.first_key + block.first_key;
+    const int keys = block.sequence.seen() - block.first_key;
+    load_tile<Tiles::THREADS>(typename Tiles::K{base}, place.rows<Element>(problem.k) + first_row * problem.k.row_stride, problem.k.row_stride, keys, problem.k.columns);
+    load_tile<Tiles::THREADS>(typename Tiles::V{base + Tiles::K::BYTES}, place.rows<Element>(problem.v) + first_row * problem.v.row_stride, problem.v.row_stride, keys, problem.v.columns);
   }
 
   using Exp = Exponential<PRECISION, OPTIONS>;
@@ -76,16 +93,19 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   float dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
 
   for (int head = 0; head < problem.heads_per_block; ++head) {
-    const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, block_index_again());
-    const int first_tile = block.first_tile, last_tile = ceil_div(problem.queries, QUERY_TILE);
+    const Block block(problem, block_index_again());
+    const Sequence<OPTIONS>& sequence = block.sequence;
+    const int first_tile = block.first_tile, last_tile = block.last_tile;
     Place place = block.place;
     place.head += head;
-    const Element* q = place.rows<Element>(problem.q) + (i64)first_tile * QUERY_TILE * problem.q.row_stride;
-    const Element* dout = place.rows<Element>(problem.dout) + (i64)first_tile * QUERY_TILE * problem.dout.row_stride;
-    const i64 first_row = place.flat(problem) * problem.padded_queries;   // of row_lse, row_d and dq_sum
+    const Score<PRECISION, OPTIONS> score(problem, place, sequence);
+    const i64 loaded_row = sequence.first_query + (i64)first_tile * QUERY_TILE;
+    const Element* q = place.rows<Element>(problem.q) + loaded_row * problem.q.row_stride;
+    const Element* dout = place.rows<Element>(problem.dout) + loaded_row * problem.dout.row_stride;
+    const i64 first_row = sequence.padded_row(problem, place);   // of row_lse, row_d and dq_sum
     auto load_stage = [&](int tile) {
       if (tile < last_tile) {
-        const int queries = problem.queries - tile * QUERY_TILE;
+        const int queries = sequence.seeing() - tile * QUERY_TILE;
         const u32 stage = stage_address(tile);
         load_tile<Tiles::THREADS>(typename Tiles::Q{stage}, q, problem.q.row_stride, queries, problem.q.columns);
         load_tile<Tiles::THREADS>(typename Tiles::DO{stage + Tiles::Q::BYTES}, dout, problem.dout.row_stride, queries, problem.dout.columns);
@@ -125,6 +145,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
             p, [&](u32(&words)[4], int m, int k) { k_rows.load(words, key_row + m * 16, k); },
             [&](u32(&words)[4], int column, int k) { q_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
       }
+      int block_key = block.first_key;
+      keep_here(block_key);
+      const int lane_key = block_key + key_row + lane / 4, lane_query = first_query + column_group * QUERY_COLUMNS + lane % 4 * 2;
+      float derivative[ROW_TILES][QUERY_COLUMNS / 8][4];   // SOFTCAP alone
+      score.template apply<true, ROW_TILES, QUERY_COLUMNS>(problem, p, lane_key, lane_query, derivative);
 #pragma unroll
       for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
         u32 lse[2];
@@ -132,26 +157,23 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(Exp::transform(problem, p[m][n][i]), __uint_as_float(lse[i % 2]));
+          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], __uint_as_float(lse[i % 2]));
       }
-      int block_key = block.first_key;
-      keep_here(block_key);
-      // Some query does not see the last key, or the last key or the last query does not exist.
-      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1) || first_query + QUERY_TILE > problem.queries) {
-        const int lane_query = first_query + column_group * QUERY_COLUMNS + lane % 4 * 2;   // this lane's columns are n · 8 and n · 8 + 1 from here
+      // Some query does not see the first or the last key, or the last key or the last query takes no part.
+      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block_key))
+        block.visible.template hide_transposed<ROW_TILES, QUERY_COLUMNS>(p, lane_key, lane_query, 0.0f);
+      // A probability that is dropped carries a minus sign from here on: it counts in dS, but not in dV.
+      if constexpr ((OPTIONS & DROPOUT) != 0)
+        Dropout{(u32)place.flat(problem), (u32)sequence.index}.drop<true, ROW_TILES, QUERY_COLUMNS>(
+            problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+
+      float weights[ROW_TILES][QUERY_COLUMNS / 8][4];   // of dV
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
+      for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = block_key + key_row + m * 16 + half * 8 + lane / 4;
-            const int begin = block.visible.query_begin(key) - lane_query, end = problem.queries - lane_query;
+        for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if ((u32)(n * 8 + i - begin) >= (u32)(end - begin)) p[m][n][2 * half + i] = 0.0f;   // outside [begin, end)
-          }
-      }
+          for (int i = 0; i < 4; ++i) weights[m][n][i] = OPTIONS & DROPOUT && p[m][n][i] < 0.0f ? 0.0f : p[m][n][i];
 
       // dV += Pᵀ dO, with Pᵀ from registers, or (COLUMN_GROUPS > 1) with the columns of every group from shared memory. Where memory allows a tile of its
       // own for Pᵀ, it is read together with dSᵀ, after one wait for both.
@@ -167,13 +189,22 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
         const RowsOfB<typename Tiles::DO> do_rows(do_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> p_rows(p_tile, lane);
         accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, COLUMN_GROUPS == 1>(
-            dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, p, m, k); },
+            dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, weights, m, k); },
             [&](u32(&words)[4], int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
       };
-      if constexpr (COLUMN_GROUPS > 1) store_scores(p_tile, p);
+      if constexpr (COLUMN_GROUPS > 1) store_scores(p_tile, weights);
       if constexpr (SCORE_TILES == 1) {
         if constexpr (COLUMN_GROUPS > 1) __syncthreads();
         add_to_dv();
+      }
+
+      if constexpr ((OPTIONS & SOFTCAP) != 0) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+          for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[m][n][i] *= derivative[m][n][i];
       }
 
       // dPᵀ = V dOᵀ, then dSᵀ
@@ -192,7 +223,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - __uint_as_float(d[i % 2]));
+          for (int i = 0; i < 4; ++i) ds[m][n][i] = gradient_of_score<OPTIONS>(problem, p[m][n][i], ds[m][n][i], __uint_as_float(d[i % 2]));
       }
       if constexpr (COLUMN_GROUPS > 1 && SCORE_TILES == 1) __syncthreads();   // every warp has read Pᵀ
       if constexpr (COLUMN_GROUPS > 1 || QUERY_GRADIENT) {
@@ -246,11 +277,12 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 
   cp_async_wait<0>();
   __syncthreads();
-  const KeyBlock<KEY_TILE, QUERY_TILE> block(problem, block_index_again());
+  const Block block(problem, block_index_again());
+  const int first_row = block.sequence.first_key + block.first_key, end_row = block.sequence.first_key + block.sequence.keys;
   Place target = block.place;
   if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
   store_gradient<PRECISION, ROW_TILES, HEAD_COLUMNS, Tiles::THREADS>(problem, problem.dk, target, typename Tiles::K{base}, dk, problem.scale, key_row,
-                                                                     column_group * HEAD_COLUMNS, block.first_key, problem.keys, lane);
-  store_gradient<PRECISION, ROW_TILES, VALUE_COLUMNS, Tiles::THREADS>(problem, problem.dv, target, typename Tiles::V{base + Tiles::K::BYTES}, dv, 1.0f, key_row,
-                                                                      column_group * VALUE_COLUMNS, block.first_key, problem.keys, lane);
+                                                                     column_group * HEAD_COLUMNS, first_row, end_row, lane);
+  store_gradient<PRECISION, ROW_TILES, VALUE_COLUMNS, Tiles::THREADS>(problem, problem.dv, target, typename Tiles::V{base + Tiles::K::BYTES}, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, key_row,
+                                                                      column_group * VALUE_COLUMNS, first_row, end_row, lane);
 }

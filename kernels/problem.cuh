@@ -4,37 +4,57 @@
 
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
-// A view (batch dimensions, heads, rows, columns); strides in elements, neighbouring columns adjacent, a stride of 0 where the array is broadcast.
+// A view (batch dimensions, heads, rows, columns); strides in elements, a stride of 0 where the array is broadcast. Columns lie side by side, but those of
+// mask and bias.
 struct Array {
   void* data;
   i64 batch_stride[BATCH_DIMS];
   i64 head_stride;
   i64 row_stride;
+  i64 column_stride;
   int group;     // consecutive query heads that share one head of this array
   int columns;   // columns that exist; a kernel's tile may be wider and then reads zeros
+  int pairs;     // mask and bias: whether two neighbouring columns, the first of them even, can be read as one
 };
 
 struct Problem {
   Array q, k, v, out, dout, dq, dk, dv;
-  Array lse, dlse;              // one column; the row stride steps from query to query
+  Array lse, dlse;                        // one column; the row stride steps from query to query
+  Array mask, bias, dbias;                // (.., queries, keys); mask in bytes
+  Array alibi_slopes, sinks;              // one float32 for each head
+  Array q_lengths, kv_lengths, offsets;   // one 64-bit integer for each batch entry; `offset` for all where offsets is null
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
+  float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
-  const i64* offsets;           // one offset for each batch entry, or null: `offset` for all
-  i64 offset_stride[BATCH_DIMS];
+  const int* cu_q;              // packed sequences: where each starts, and at last where all end
+  const int* cu_k;
+  unsigned long long seed;      // dropout
   i64 offset;                   // query i stands at key i + offset
+  i64 split_stride;             // gradient of the bias: elements from one part to the next
+  i64 left, right;              // bounded: query i sees the keys from i + offset - left to i + offset + right
   int batch[BATCH_DIMS];
   int heads;
   int grid_heads;               // heads as the grid counts them: heads, or in backward blocks of heads_per_block heads
   int grid_places;              // all batch entries times grid_heads
   int queries, keys;            // each below 2^30
-  int padded_queries;           // queries rounded up to whole tiles
-  int causal;
+  int padded_queries;           // queries rounded up to whole tiles; packed: what all sequences take
+  int padding;                  // the largest tile of the kernels that read padded rows
+  int sequences;                // packed ones
+  int bounded;                  // causal or window
+  int last_first;               // whether tiles of the last queries (and first keys) have most to do and start first
+  int aligned_ends;             // the offset of a sequence is its keys minus its queries
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are float32 parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
+  int splits;                   // gradient of the bias: parts
+  u32 keep_threshold;           // dropout: 65536 times the probability to keep, in the high half of the word
+  float keep_inverse;           // 1 / that probability
   float scale;
-  float scale_log2;             // scale / ln 2: scores become exponents of 2
+  float score_unit;             // what scores are multiples of (score.cuh)
+  float score_unit_log2;        // the same / ln 2: scores become exponents of 2
+  float inverse_unit;           // 1 / score_unit
+  float softcap_scale;          // scale / softcap
 };
 
 // Which tile of which (batch, head) a block works on. Heads go in sweeps; within a sweep all first tiles come first, so that blocks which run at the same
@@ -89,13 +109,5 @@ struct Place {
 #pragma unroll
     for (int i = 0; i < BATCH_DIMS; ++i) at += batch[i] * array.batch_stride[i];
     return (Element*)array.data + at;
-  }
-
-  __device__ __forceinline__ i64 offset(const Problem& problem) const {
-    if (!problem.offsets) return problem.offset;
-    i64 at = 0;
-#pragma unroll
-    for (int i = 0; i < BATCH_DIMS; ++i) at += batch[i] * problem.offset_stride[i];
-    return problem.offsets[at];
   }
 };

@@ -173,7 +173,7 @@ __device__ __forceinline__ void accumulate(float (&d)[ROW_TILES][COLUMNS / 8][4]
     return;
   }
   // Splitting makes long code of few registers' worth of work: unrolled, it is scheduled so far ahead that the registers run out.
-  constexpr int AT_ONCE = PRECISION == FLOAT32 ? 2 : 1, UNROLL = PRECISION == FLOAT32 && !A_IN_REGISTERS ? 1 : STEPS;
+  constexpr int AT_ONCE = PRECISION == FLOAT32 ? 2 : 1, UNROLL = A_IN_REGISTERS ? STEPS : PRECISION == FLOAT32 ? 1 : STEPS > 16 ? 8 : STEPS;
   static_assert(STEPS % AT_ONCE == 0, "k is whole steps");
 #pragma unroll UNROLL
   for (int first = 0; first < STEPS; first += AT_ONCE) {

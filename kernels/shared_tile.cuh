@@ -32,6 +32,20 @@ template <typename Tile> struct LaneView {
   __device__ __forceinline__ u32 at(int row, int chunk) const { return (start ^ (u32)(chunk % LINE << 4)) + row * Tile::PITCH + (chunk / LINE * LINE << 4); }
 };
 
+// Two neighbours in a tile, as float32.
+template <typename Element> __device__ __forceinline__ void load_shared_pair(float (&x)[2], u32 address) {
+  if constexpr (sizeof(Element) == 4) {
+    u32 first, second;
+    load_shared(first, second, address);
+    x[0] = __uint_as_float(first), x[1] = __uint_as_float(second);
+  } else {
+    const u32 pair = load_shared(address);
+    Element first, second;
+    first.bits = (u16)pair, second.bits = (u16)(pair >> 16);
+    x[0] = to_float(first), x[1] = to_float(second);
+  }
+}
+
 // Rows [0, rows) of device memory into a tile, asynchronously; what lies outside the rows or the columns becomes zero and is never read.
 // A thread keeps its chunk column where the threads divide into whole rows, so that it steps down the rows by one addition.
 template <int THREADS, typename Tile>

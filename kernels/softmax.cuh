@@ -10,6 +10,12 @@ template <int COLUMNS> struct OnlineSoftmax {
   float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
 
+  // A sink: an exponent that takes part in the denominator from the start, and has no value.
+  __device__ __forceinline__ void start(float sink, int lane) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) shift[row] = sink, sum[row] = lane % 4 == 0 && sink != -infinity() ? 1.0f : 0.0f;
+  }
+
   // Scores become probabilities exponential(score, shift); `rescale(row, ratio)` is called for both rows where a shift moved.
   template <typename Exponential, typename Rescale>
   __device__ __forceinline__ void step(float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {

@@ -56,12 +56,13 @@ def spacing(dtype):
     return float(ml_dtypes.finfo(dtype).eps)
 
 
-def assert_close_to_reference(name, actual, expected, *dense, roundings=1):
+def assert_close_to_reference(name, actual, expected, *dense, roundings=1, spread=0.0):
     """max|actual - expected| <= 2 max|dense - expected| + atol: no worse than twice a dense computation in the same dtype.
 
     `expected` is the float64 reference, atol is one unit in the last place of its largest element in the dtype of `actual`. Infinities stand where
     they stand in the reference, and nothing is NaN. The error of a dense computation is a matter of luck within a factor of two or so: it is the
-    largest of those given; tests of few elements, where a maximum says little, ask for more `roundings`.
+    largest of those given; tests of few elements, where a maximum says little, ask for more `roundings`. For sums over many rows, whose few elements
+    can be right by chance, `spread` is the error that the errors of the rows make together when chance does not help.
     """
     dtype, on_cpu = actual.dtype, isinstance(actual, numpy.ndarray)
     actual, expected, *dense = map(to_numpy, (actual, expected, *dense))
@@ -73,7 +74,7 @@ def assert_close_to_reference(name, actual, expected, *dense, roundings=1):
     actual, expected = actual[~infinite], expected[~infinite]
     if not actual.size:
         return
-    error, dense_error = numpy.abs(actual - expected).max(), max(numpy.abs(own[~infinite] - expected).max() for own in dense)
+    error, dense_error = numpy.abs(actual - expected).max(), max(spread, *(numpy.abs(own[~infinite] - expected).max() for own in dense))
     if on_cpu:
         roundings = max(roundings, 4)  # the order of sums, and so the luck, is that of the machine's BLAS
     # The float64 reference has as large an error of its own, and the dense error is an estimate then (see expected_and_dense).
@@ -84,11 +85,13 @@ def assert_close_to_reference(name, actual, expected, *dense, roundings=1):
 def expected_and_dense(expected_function, dense_function, arrays, outputs_have_features, options):
     """For each output: what the reference gives, and what dense computations in the arrays' dtype give."""
     arrays = [contiguous(array) for array in arrays]
+    options = {name: contiguous(value) if is_array(value) else value for name, value in options.items()}
     expected = expected_function(*arrays, **options)
     if arrays[0].dtype == numpy.float64:
         # The error of a dense float64 computation cannot be measured against itself: take that of float32, at its scale.
         rounded = [array.astype(numpy.float32) for array in arrays]
-        options = {**options, "precision": "float32"}
+        options = {name: value.astype(numpy.float32) if is_array(value) and value.dtype == numpy.float64 else value for name, value in options.items()}
+        options["precision"] = "float32"
         pairs = zip(expected, dense_function(*rounded, **options), expected_function(*rounded, **options))
         with numpy.errstate(invalid="ignore"):
             return [(right, numpy.where(numpy.isinf(right), right, right + (near - own) * 2.0**-29)) for right, near, own in pairs]
@@ -97,7 +100,26 @@ def expected_and_dense(expected_function, dense_function, arrays, outputs_have_f
         # Once more with the features in reverse: other sums, other roundings.
         turned = dense_function(*(contiguous(array[..., ::-1]) for array in arrays), **options)
         dense.append([array[..., ::-1] if has else array for array, has in zip(turned, outputs_have_features)])
+    if options.get("precision") == "tf32":
+        # tf32 rounds the inputs, which order does not change; other inputs with the same scores have other roundings.
+        factors = numpy.array([1.3, 1.3, 1 / 1.3, 1.3][-len(arrays) :], numpy.float32)
+        scaled = [array * factor for array, factor in zip(arrays, factors)]
+        pairs = zip(expected, dense_function(*scaled, **options), expected_function(*scaled, **options))
+        dense.append([right + scaled_error(near, own) * largest(right) for right, near, own in pairs])
     return list(zip(expected, *dense))
+
+
+def largest(array):
+    """Of its finite elements, by magnitude; 0 if there is none."""
+    array = numpy.abs(to_numpy(array))
+    return float(array[numpy.isfinite(array)].max(initial=0.0))
+
+
+def scaled_error(actual, expected):
+    """The error of an array as a share of its largest element."""
+    xp = numpy if isinstance(actual, numpy.ndarray) else cupy
+    error = xp.where(xp.isfinite(expected), actual - xp.where(xp.isfinite(expected), expected, 0), 0)
+    return error / (largest(expected) or 1.0)
 
 
 def feature_roundings(arrays, head_dim):
@@ -116,20 +138,83 @@ def check_forward(q, k, v, *, roundings=1, out=None, **options):
     return result
 
 
-def check_backward(dout, q, k, v, *, dlse=None, roundings=1, **options):
-    """attention_backward after attention_forward, against the reference; returns dq, dk, dv."""
+def check_backward(dout, q, k, v, *, dlse=None, roundings=1, both=False, **options):
+    """attention_backward after attention_forward, against the reference; returns dq, dk, dv, and dbias and dsinks where there are a bias and sinks.
+
+    both=True: on a GPU once more with deterministic=True.
+    """
+    wanted = wanted_gradients(dout, q, k, v, dlse, options)
+    out, lse = cuflash.attention_forward(q, k, v, **options)
+    inputs = [q, k, v, *(options[name] for name in ("bias", "sinks") if options.get(name) is not None)]
+    for deterministic in (True, False) if both and not isinstance(q, numpy.ndarray) else (options.get("deterministic", False),):
+        result = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **{**options, "deterministic": deterministic})
+        assert len(result) == len(inputs)
+        for (name, (own, spread)), array, actual in zip(wanted.items(), inputs, result):
+            assert actual.dtype == array.dtype, name
+            assert actual.shape == array.shape, name
+            assert_close_to_reference(name, actual, *own, roundings=roundings, spread=spread)
+    return result
+
+
+def check_call(dout, q, k, v, *, dlse=None, roundings=1, both=False, **options):
+    """check_forward, then check_backward; returns out, lse and the gradients."""
+    return *check_forward(q, k, v, roundings=roundings, **options), *check_backward(dout, q, k, v, dlse=dlse, roundings=roundings, both=both, **options)
+
+
+def wanted_gradients(dout, q, k, v, dlse, options):
+    """name -> ((reference, *dense computations), spread), for each gradient."""
 
     def with_dlse(function):
         return lambda dout, q, k, v, **options: function(dout, q, k, v, dlse=dlse, **options)
 
+    bias, sinks = options.get("bias"), options.get("sinks")
+    if bias is not None:
+        # The reference gets a bias for each score, and the sum to the bias's own shape is made here.
+        options = {**options, "bias": module_of(bias).broadcast_to(bias, (*dout.shape[:-1], k.shape[-2]))}
     functions = with_dlse(reference.attention_backward), with_dlse(reference.dense_backward)
-    wanted = expected_and_dense(*functions, (dout, q, k, v), (True, True, True), options)
-    out, lse = cuflash.attention_forward(q, k, v, **options)
-    result = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
-    for name, array, actual, own in zip(("dq", "dk", "dv"), (q, k, v), result, wanted):
-        assert actual.dtype == array.dtype
-        assert_close_to_reference(name, actual, *own, roundings=roundings)
-    return result
+    wanted = expected_and_dense(*functions, (dout, q, k, v), (True, True, True, False, False), options)
+    names = ["dq", "dk", "dv"] + ["dbias"] * (bias is not None) + ["dsinks"] * (sinks is not None)
+    wanted = {name: (own, 0.0) for name, own in zip(names, wanted)}
+    if bias is not None:
+        full = [to_numpy(own) for own in wanted["dbias"][0]]
+        wanted["dbias"] = [sum_to(own, bias.shape) for own in full], row_spread(full[1] - full[0], bias.shape)
+    if sinks is not None:
+        forward = expected_and_dense(reference.attention_forward, reference.dense_forward, (q, k, v), (True, False), options)
+        rows = [sink_gradient_of_rows(*map(to_numpy, (out, lse, dout, sinks)), dlse) for out, lse in zip(*forward)]
+        numpy.testing.assert_allclose(to_numpy(wanted["dsinks"][0][0]), sum_to(rows[0], (*sinks.shape, 1, 1))[:, 0, 0], rtol=1e-10, atol=1e-12)
+        wanted["dsinks"] = wanted["dsinks"][0], row_spread(rows[1] - rows[0], (*sinks.shape, 1, 1))
+    return wanted
+
+
+def sink_gradient_of_rows(out, lse, dout, sinks, dlse):
+    """What each row gives to dsinks: -exp(sink - lse) (rowsum(dout * out) - dlse), in float64; (..., heads, L, 1)."""
+    delta = numpy.where((out == 0).all(-1), 0, (dout * out).sum(-1)) - (0 if dlse is None else to_numpy(dlse))
+    return (-numpy.exp(sinks[:, None] - lse) * delta)[..., None]
+
+
+def sum_to(array, shape):
+    """The sum of an array over the axes that an array of `shape` is broadcast along."""
+    shape_there = (1,) * (array.ndim - len(shape)) + tuple(shape)
+    axes = tuple(axis for axis, own in enumerate(shape_there) if own == 1)
+    return array.sum(axes, keepdims=True).reshape(shape)
+
+
+def row_spread(errors, shape):
+    """Twice the root of the sum of squares, over the rows that go into one element of `shape`, of what all keys of a row add to it; the largest.
+
+    Twice the standard deviation is what such a sum stays below 19 times in 20, and a maximum over several such sums about every time.
+    """
+    if len(shape) == 0 or shape[-1] == 1:
+        errors = errors.sum(-1, keepdims=True)
+    return 2 * numpy.sqrt(sum_to(errors**2, shape)).max(initial=0.0)
+
+
+def is_array(value):
+    return isinstance(value, numpy.ndarray) or (cupy is not None and isinstance(value, cupy.ndarray))
+
+
+def module_of(array):
+    return numpy if isinstance(array, numpy.ndarray) else cupy
 
 
 def contiguous(array):

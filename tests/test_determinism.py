@@ -2,7 +2,8 @@
 
 import numpy
 import pytest
-from support import bits
+from support import bits, to_numpy
+from test_options import NAMES, option
 
 import cuflash
 
@@ -34,6 +35,25 @@ def test_backward(every, causal):
     differs = every.xp.zeros((), bool)
     for _ in range(repeats(every.xp)):
         for own, gradient in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), expected):
+            differs |= (own != gradient).any()
+    assert not differs
+
+
+def test_backward_with_every_option(every):
+    """All at once; dbias is summed over queries and the batch."""
+    options = {"causal": True, "deterministic": True, **every.options}
+    for name in NAMES:
+        options |= option(name, every, (2,), 4, 150, 270)
+    options["bias"] = every.normal(4, 1, 270)
+    q, k, v = every.normal(2, 4, 150, 64), every.normal(2, 270, 64), every.normal(2, 2, 270, 64)
+    dout, dlse = every.normal(2, 4, 150, 64), every.normal(2, 4, 150, dtype=every.lse_dtype)
+    out, lse = cuflash.attention_forward(q, k, v, **options)
+    expected = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
+    assert len(expected) == 5
+    assert all(numpy.isfinite(to_numpy(gradient)).all() for gradient in expected)
+    differs = every.xp.zeros((), bool)
+    for _ in range(repeats(every.xp)):
+        for own, gradient in zip(cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options), expected):
             differs |= (own != gradient).any()
     assert not differs
 

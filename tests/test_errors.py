@@ -197,30 +197,218 @@ def test_offset_of_the_other_module(seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "error", "message"),
     [
-        ("window", 3),
-        ("window", (1, None)),
-        ("mask", numpy.ones((20, 30), bool)),
-        ("bias", numpy.zeros((20, 30))),
-        ("softcap", 30.0),
-        ("alibi_slopes", numpy.zeros(4)),
-        ("sinks", numpy.zeros(4)),
-        ("q_lengths", [3, 4]),
-        ("kv_lengths", [3, 4]),
-        ("cu_seqlens", ([0, 20], [0, 30])),
-        ("dropout", 0.1),
-        ("seed", 0),
+        ("window", -1, ValueError, "window is -1; allowed: an int of 0 or more, a pair"),
+        ("window", (3, -1), ValueError, "window is (3, -1); allowed"),
+        ("window", (1, 2, 3), ValueError, "window is (1, 2, 3); allowed"),
+        ("window", (), ValueError, "window is (); allowed"),
+        ("window", 2**61 + 1, ValueError, "at most 2**61"),
+        ("window", True, TypeError, "window is True of type bool"),
+        ("window", 1.5, TypeError, "window is 1.5 of type float"),
+        ("window", (1.5, None), TypeError, "window is (1.5, None), which holds a float"),
+        ("window", (True, 1), TypeError, "window is (True, 1), which holds a bool"),
+        ("window", "3", TypeError, "window is '3' of type str"),
+        ("softcap", 0, ValueError, "softcap is 0; allowed: a finite number above 0"),
+        ("softcap", -2.5, ValueError, "softcap is -2.5"),
+        ("softcap", numpy.inf, ValueError, "softcap is inf"),
+        ("softcap", numpy.nan, ValueError, "softcap is nan"),
+        ("softcap", 1e39, ValueError, "softcap is 1e+39"),
+        ("softcap", True, TypeError, "softcap is True of type bool"),
+        ("softcap", "1", TypeError, "softcap is '1' of type str"),
+        ("softcap", [1.0], TypeError, "softcap is [1.0] of type list"),
+        ("alibi_slopes", 0.5, TypeError, "alibi_slopes is a builtins.float"),
+        ("alibi_slopes", "ab", TypeError, "alibi_slopes is a builtins.str"),
+        ("alibi_slopes", [True] * 4, TypeError, "alibi_slopes is [True, True, True, True]"),
+        ("alibi_slopes", [0.5, 0.25], ValueError, "alibi_slopes has shape (2,); allowed: (4,)"),
+        ("alibi_slopes", [[0.5] * 4] * 3, ValueError, "alibi_slopes has shape (3, 4)"),
+        ("alibi_slopes", [[[0.5] * 4] * 2], ValueError, "alibi_slopes has shape (1, 2, 4)"),
+        ("alibi_slopes", [[0.5], [0.25]], ValueError, "alibi_slopes has shape (2, 1)"),
+        ("alibi_slopes", [[0.5], [0.25, 1]], ValueError, "of uneven lengths"),
+        ("sinks", [0.5] * 4, TypeError, "sinks is a builtins.list"),
+        ("sinks", 1.0, TypeError, "sinks is a builtins.float"),
+        ("mask", [[True]], TypeError, "mask is a builtins.list"),
+        ("mask", True, TypeError, "mask is a builtins.bool"),
+        ("bias", [[1.0]], TypeError, "bias is a builtins.list"),
+        ("bias", 1.0, TypeError, "bias is a builtins.float"),
+        *(
+            (name, value, error, f"{name} {message}")
+            for name, length in (("q_lengths", 20), ("kv_lengths", 30))
+            for value, error, message in [
+                (-1, ValueError, f"is -1; allowed: 0 to {length}"),
+                (length + 1, ValueError, f"is {length + 1}; allowed: 0 to {length}"),
+                (numpy.int64(length + 1), ValueError, f"is {length + 1}; allowed: 0 to {length}"),
+                ([3, -1], ValueError, f"has values from -1 to 3; allowed: 0 to {length}"),
+                ([3, length + 1], ValueError, f"has values from 3 to {length + 1}"),
+                ([3, 4, 5], ValueError, "has shape (3,); allowed: a shape that broadcasts to the batch dimensions (2,)"),
+                ([[3, 4]], ValueError, "has shape (1, 2)"),
+                (True, TypeError, "is True of type bool"),
+                (2.0, TypeError, "is 2.0 of type float"),
+                ([2.0, 3.0], TypeError, "has dtype float64"),
+                ([True, False], TypeError, "has dtype bool"),
+                ("3", TypeError, "is '3' of type str"),
+            ]
+        ),
+        ("cu_seqlens", 5, TypeError, "cu_seqlens is a builtins.int; allowed: a pair (cu_q, cu_k)"),
+        ("cu_seqlens", {0: 20}, TypeError, "cu_seqlens is a builtins.dict"),
+        ("cu_seqlens", ([0, 20],), ValueError, "cu_seqlens has 1 entries; allowed: a pair"),
+        ("cu_seqlens", ([0, 20], [0, 30], [0, 30]), ValueError, "cu_seqlens has 3 entries"),
+        ("cu_seqlens", ([0, 20], [0, 10, 30]), ValueError, "cu_seqlens has 2 and 3 entries"),
+        ("cu_seqlens", ([0], [0]), ValueError, "cu_seqlens[0] has shape (1,); allowed: (n + 1,)"),
+        ("cu_seqlens", ([[0, 20]], [0, 30]), ValueError, "cu_seqlens[0] has shape (1, 2)"),
+        ("cu_seqlens", (20, 30), TypeError, "cu_seqlens[0] is 20 of type int"),
+        ("cu_seqlens", ([0, 20], None), TypeError, "cu_seqlens[1] is a builtins.NoneType"),
+        ("cu_seqlens", ([1, 20], [0, 30]), ValueError, "cu_seqlens[0] is [ 1 20]; allowed: numbers from 0 to 20"),
+        ("cu_seqlens", ([0, 20], [0, 29]), ValueError, "cu_seqlens[1] is [ 0 29]; allowed: numbers from 0 to 30"),
+        ("cu_seqlens", ([0, 20], [0, 31]), ValueError, "cu_seqlens[1] is [ 0 31]"),
+        ("cu_seqlens", ([0, 12, 8, 20], [0, 10, 20, 30]), ValueError, "cu_seqlens[0] is [ 0 12  8 20]"),
+        ("cu_seqlens", ([0, -5, 20], [0, 10, 30]), ValueError, "cu_seqlens[0] is [ 0 -5 20]"),
+        ("cu_seqlens", ([0.0, 20.0], [0, 30]), TypeError, "cu_seqlens[0] has dtype float64"),
+        ("dropout", -0.1, ValueError, "dropout is -0.1; allowed: a number from 0 to below 1"),
+        ("dropout", 1, ValueError, "dropout is 1; allowed"),
+        ("dropout", 1.5, ValueError, "dropout is 1.5"),
+        ("dropout", numpy.nan, ValueError, "dropout is nan"),
+        ("dropout", None, TypeError, "dropout is None of type NoneType"),
+        ("dropout", True, TypeError, "dropout is True of type bool"),
+        ("dropout", "0.1", TypeError, "dropout is '0.1' of type str"),
+        ("seed", -1, ValueError, "seed is -1; allowed: 0 to 2**64 - 1"),
+        ("seed", 2**64, ValueError, f"seed is {2**64}; allowed"),
+        ("seed", 1.0, TypeError, "seed is 1.0 of type float"),
+        ("seed", True, TypeError, "seed is True of type bool"),
+        ("seed", "1", TypeError, "seed is '1' of type str"),
     ],
 )
-def test_reserved_options(qkv, name, value):
-    refused(NotImplementedError, f"{name} is not implemented yet", **qkv, **{name: value})
+def test_options(qkv, name, value, error, message):
+    """In the forward, and in the backward before it looks at dout."""
+    options = {name: value} | ({"dropout": 0.1} if name == "seed" else {})
+    refused(error, message, **qkv, **options)
+    q = qkv["q"]
+    with raises(error, message):
+        cuflash.attention_backward(q, **qkv, out=q, lse=q, **options)
+
+
+@pytest.mark.parametrize(("bad", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_a_bad_seed_without_dropout(qkv, bad, error):
+    refused(error, f"seed is {bad}", **qkv, seed=bad)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize("shape", [(20, 31), (21, 30), (3, 20, 30), (2, 1, 20, 30), (4, 2, 1, 1), (1, 1, 1, 20, 30), (2,), (20, 2), (4, 20), (0, 1)], ids=str)
+def test_shapes_of_mask_and_bias(arrays, qkv, name, shape):
+    qkv["q"] = qkv["q"][:1]
+    qkv["k"] = qkv["k"][:1]
+    qkv["v"] = qkv["v"][:1]
+    array = arrays.xp.zeros(shape, bool if name == "mask" else numpy.float32)
+    refused(ValueError, f"{name} has shape {shape}; allowed: a shape that broadcasts to (..., L, S), here (1, 4, 20, 30)", **qkv, **{name: array})
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "float32"])
+def test_dtypes_of_a_mask(arrays, qkv, dtype):
+    refused(TypeError, f"mask has dtype {dtype}; allowed here: bool", **qkv, mask=arrays.xp.ones((20, 30), dtype))
+
+
+@pytest.mark.parametrize("name", ["bias", "sinks"])
+@pytest.mark.parametrize(
+    ("own", "bad"),
+    [("float32", "float16"), ("float32", "float64"), ("float16", "bfloat16"), ("bfloat16", "float16"), ("float32", "int32"), ("float32", "bool")],
+)
+def test_dtypes_of_bias_and_sinks(arrays, qkv, name, own, bad):
+    own, bad = (numpy.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in (own, bad))
+    allowed = "float32" if own == numpy.float32 else f"{own} or float32"
+    call = {key: array.astype(own) for key, array in qkv.items()}
+    refused(TypeError, f"{name} has dtype {bad}; allowed here: {allowed}", **call, **{name: arrays.xp.zeros(4 if name == "sinks" else (20, 30), bad)})
+
+
+def test_float32_bias_and_sinks_of_float64_arrays():
+    q = numpy.zeros((4, 4))
+    refused(TypeError, "bias has dtype float32; allowed here: float64", q=q, k=q, v=q, bias=numpy.zeros((4, 4), numpy.float32))
+    refused(TypeError, "sinks has dtype float32; allowed here: float64", q=q, k=q, v=q, sinks=numpy.zeros(1, numpy.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (5,), (1, 4), (2, 4)], ids=str)
+def test_shapes_of_sinks(arrays, qkv, shape):
+    refused(ValueError, f"sinks has shape {shape}; allowed here: (4,)", **qkv, sinks=arrays.xp.zeros(shape, numpy.float32))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "bool", "complex64"])
+def test_dtypes_of_alibi_slopes(arrays, qkv, dtype):
+    refused(TypeError, f"alibi_slopes has dtype {dtype}; allowed: float16, bfloat16, float32, float64", **qkv, alibi_slopes=arrays.xp.zeros(4, dtype))
+
+
+@pytest.mark.parametrize("name", ["q_lengths", "kv_lengths"])
+@pytest.mark.parametrize("dtype", ["float32", "uint64", "bool"])
+def test_dtypes_of_lengths(arrays, qkv, name, dtype):
+    refused(TypeError, f"{name} has dtype {dtype}", **qkv, **{name: arrays.xp.zeros(2, dtype)})
+
+
+def test_lengths_of_arrays_without_a_batch(arrays):
+    q, k, v = arrays.qkv(20, 30, 16)
+    refused(ValueError, "kv_lengths has shape (1,); allowed: a shape that broadcasts to the batch dimensions ()", q=q, k=k, v=v, kv_lengths=[3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint64", "bool"])
+def test_dtypes_of_cu_seqlens(arrays, qkv, dtype):
+    xp = arrays.xp
+    refused(TypeError, f"cu_seqlens[1] has dtype {dtype}", **qkv, cu_seqlens=([0, 20], xp.zeros(2, dtype)))
+
+
+@pytest.mark.parametrize("name", ["mask", "bias", "sinks", "alibi_slopes"])
+def test_masked_arrays_as_options(seed, name):
+    q, k, v = Arrays(numpy, "float32", seed).qkv(4, 5)
+    value = numpy.ma.masked_array(numpy.zeros((4, 5) if name in ("mask", "bias") else 1, bool if name == "mask" else numpy.float32))
+    refused(TypeError, f"{name} is a numpy.ma.MaskedArray", q=q, k=k, v=v, **{name: value})
+
+
+ARRAYS_OF_OPTIONS = {
+    "mask": lambda xp: xp.ones((4, 5), bool),
+    "bias": lambda xp: xp.zeros((4, 5), numpy.float32),
+    "alibi_slopes": lambda xp: xp.zeros(1, numpy.float32),
+    "sinks": lambda xp: xp.zeros(1, numpy.float32),
+    "q_lengths": lambda xp: xp.array([3]),
+    "kv_lengths": lambda xp: xp.array([3]),
+    "cu_seqlens[0]": lambda xp: (xp.array([0, 4]), [0, 5]),
+    "cu_seqlens[1]": lambda xp: ([0, 4], xp.array([0, 5])),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARRAYS_OF_OPTIONS)
+def test_options_of_the_other_module(seed, name):
+    for xp, other in ((cupy, numpy), (numpy, cupy)):
+        q, k, v = Arrays(xp, "float32", seed).qkv(4, 5, lead=(1, 1))
+        option = {name.split("[")[0]: ARRAYS_OF_OPTIONS[name](other)}
+        refused(TypeError, f"{name} is {'a NumPy array' if other is numpy else 'on GPU 0'}", q=q, k=k, v=v, **option)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARRAYS_OF_OPTIONS)
+def test_options_on_another_gpu(seed, name):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = Arrays(cupy, "float32", seed).qkv(4, 5, lead=(1, 1))
+    with cupy.cuda.Device(1):
+        value = ARRAYS_OF_OPTIONS[name](cupy)
+    refused(TypeError, f"{name} is on GPU 1 and q is on GPU 0", q=q, k=k, v=v, **{name[:10]: value})
+
+
+@pytest.mark.parametrize("name", ["mask", "bias", "sinks"])
+def test_out_shares_memory_with_an_option(arrays, name):
+    q, k, v = arrays.qkv(8, 8, 8)
+    out = arrays.xp.zeros((8, 8), numpy.float32)
+    option = {"mask": out.view(bool)[:, :8], "bias": out, "sinks": out[0, :1]}[name]
+    refused(ValueError, f"out shares memory with {name}", q=q, k=k, v=v, out=out, **{name: option})
+
+
+def test_seed_in_backward(qkv, arrays):
+    out, lse = arrays.normal(2, 4, 20, 8), arrays.normal(2, 4, 20)
+    with raises(ValueError, "seed is None with dropout; allowed in a backward: the seed that its forward had"):
+        cuflash.attention_backward(out, **qkv, out=out, lse=lse, dropout=0.1)
 
 
 def test_defaults_are_allowed(qkv):
     expected = cuflash.attention(**qkv)
     assert (cuflash.attention(**qkv, **options.DEFAULTS) == expected).all()
-    assert (cuflash.attention(**qkv, dropout=0) == expected).all()
+    assert (cuflash.attention(**qkv, dropout=0, window=(None, None)) == expected).all()
     assert (cuflash.attention(**qkv, precision="float32", scale=numpy.float64(0.25)) == expected).all()
 
 

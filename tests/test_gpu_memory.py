@@ -7,6 +7,7 @@ import numpy
 import pytest
 from support import Arrays, assert_close_to_reference, bits, cupy, expected_and_dense, to_numpy
 from test_memory import peak_bytes
+from test_options import NAMES, option
 
 import cuflash
 from cuflash import reference
@@ -84,6 +85,31 @@ def test_guard_bands(precision, columns, deterministic, seed, caplog):
     assert_all_close(results, wanted)
     copied = [record.getMessage() for record in caplog.records if "copied" in record.getMessage()]
     assert bool(copied) == (columns == 1), copied
+
+
+@pytest.mark.parametrize("left_out", [None, "cu_seqlens", "mask", "bias"])
+@pytest.mark.parametrize("columns", [8, 1])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_guard_bands_with_every_option(precision, columns, left_out, seed):
+    """Masks and biases that lie between True and NaN, and every other array of an option between NaN: the same bits as alone."""
+    arrays = Arrays(cupy, precision, seed)
+    q, k, v = arrays.qkv(113, 127, 72, 40, lead=(2, 2))
+    dout, options = arrays.normal(2, 2, 113, 40), {"deterministic": True, **arrays.options}
+    for name in NAMES:
+        options |= option(name, arrays, (2,), 2, 113, 127) if name != left_out else {}
+    expected = forward_and_backward(dout, q, k, v, **options)
+    with guarded_memory():
+        views = [inside(array, columns) for array in (dout, q, k, v)]
+        for name, value in options.items():
+            if name in ("mask", "bias"):
+                options[name] = inside(value, columns)
+            elif isinstance(value, cupy.ndarray):
+                options[name] = value.copy()
+            elif isinstance(value, tuple) and name == "cu_seqlens":
+                options[name] = tuple(array.copy() for array in value)
+        results = forward_and_backward(*views, **options)
+    assert [bits(own) for own in results] == [bits(wanted) for wanted in expected]
+    assert all(numpy.isfinite(to_numpy(own)).all() for own in results[2:])
 
 
 @pytest.mark.parametrize("columns", [8, 1])

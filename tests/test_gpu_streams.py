@@ -6,6 +6,7 @@ import numpy
 import pytest
 from support import Arrays, assert_close_to_reference, bits, cupy, to_numpy
 from test_gpu_memory import PRECISIONS, forward_and_backward
+from test_options import NAMES, option
 
 import cuflash
 
@@ -62,6 +63,36 @@ def test_graph(precision, deterministic, heads, non_blocking, seed):
     assert all(bits(own) == bits(wanted) for own, wanted in zip(results[:exact], expected))
     for own, wanted in zip(results[exact:], expected[exact:]):
         assert_close_to_reference("gradient", own, wanted, wanted, roundings=4)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "all"])
+def test_graph_of_each_option(name, deterministic, seed):
+    """A call that looked at values in GPU memory, or waited, could not be captured. Replayed, it sees the values of that time."""
+    arrays = Arrays(cupy, "float16", seed)
+    q, k, v = arrays.qkv(150, 200, 64, lead=(2, 2))
+    dout, options = arrays.normal(*q.shape), {"causal": True, "deterministic": deterministic}
+    for own in NAMES if name == "all" else [name]:
+        options |= option(own, arrays, (2,), 2, 150, 200)
+    expected = forward_and_backward(dout, q, k, v, **options)
+    varied = [array for value in options.values() for array in (value if isinstance(value, tuple) else [value]) if isinstance(array, cupy.ndarray)]
+    values = [array.copy() for array in varied]
+    for array in varied:
+        array[...] = 0
+    cupy.cuda.get_current_stream().synchronize()
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        forward_and_backward(dout, q, k, v, **options)
+        stream.synchronize()
+        stream.begin_capture()
+        results = forward_and_backward(dout, q, k, v, **options)
+        graph = stream.end_capture()
+        for array, value in zip(varied, values):
+            array[...] = value
+        graph.launch(stream)
+        stream.synchronize()
+    for own, wanted in zip(results, expected):
+        assert_close_to_reference("result", own, wanted, wanted, roundings=4)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])

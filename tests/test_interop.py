@@ -12,7 +12,7 @@ from support import Arrays, bits, cupy
 
 import cuflash
 from cuflash import options, reference
-from cuflash.problem import make_problem
+from cuflash.problem import make_problem, shares_memory
 
 FUNCTIONS = [cuflash.attention, cuflash.attention_forward, cuflash.attention_backward, cuflash.attention_vjp]
 
@@ -111,7 +111,32 @@ def test_problem_of_a_call(every):
     assert (problem.batch, problem.heads, problem.lead) == ((3,), 4, (3, 4))
     assert (problem.query_heads, problem.key_heads, problem.value_heads) == (4, 2, 1)
     assert (problem.query_length, problem.key_length, problem.head_dim, problem.value_dim) == (20, 30, 16, 8)
-    assert (problem.scale, problem.offset, problem.causal, problem.deterministic) == (0.25, 10, True, False)
+    assert (problem.scale, problem.offset, problem.left, problem.right, problem.deterministic) == (0.25, 10, None, 0, False)
+
+
+def test_options_of_a_problem(arrays):
+    """What is not given is None or 0; mask and bias have every axis of the scores, as views; each array is where q is, and none is copied."""
+    q, k, v = arrays.normal(3, 4, 20, 16), arrays.normal(2, 30, 16), arrays.normal(30, 8)
+    xp = arrays.xp
+    problem, *_ = make_problem(q, k, v, {})
+    named = ("left", "right", "mask", "bias", "bias_shape", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "cu_q", "cu_k")
+    assert [getattr(problem, name) for name in named] == [None] * len(named)
+    assert (problem.offset, problem.softcap, problem.sequences, problem.dropout, problem.seed) == (10, 0.0, 0, 0.0, 0)
+
+    given = {"mask": xp.ones((20, 1), bool), "bias": xp.zeros(30, "f"), "sinks": xp.zeros(4, "f"), "kv_lengths": xp.asarray([3, 4, 5], dtype=numpy.int32)}
+    problem, *_ = make_problem(q, k, v, {**given, "alibi_slopes": [1, 2, 3, 4], "window": 5, "q_lengths": 7})
+    assert (problem.mask.shape, problem.bias.shape, problem.bias_shape) == ((1, 1, 20, 1), (1, 1, 1, 30), (30,))
+    assert (problem.alibi_slopes.shape, problem.alibi_slopes.dtype) == ((1, 4), numpy.float32)
+    assert (problem.left, problem.right, problem.offset) == (5, 5, None)
+    for name, array in given.items():
+        own = getattr(problem, name)
+        assert isinstance(own, xp.ndarray)
+        assert shares_memory(own, array) or (xp is numpy and name == "kv_lengths")
+
+    cu = [0, 5, 5, 20], [0, 10, 10, 30]
+    problem, *_ = make_problem(q, k, v, {"cu_seqlens": cu, "dropout": 0.25, "seed": 2**64 - 1})
+    assert (problem.sequences, problem.offset, problem.keep, problem.seed) == (3, None, 49152, 2**64 - 1)
+    assert [(array.dtype, array.tolist()) for array in (problem.cu_q, problem.cu_k)] == [(numpy.int32, list(own)) for own in cu]
 
 
 @pytest.mark.parametrize("name", ["api", "merge"])

@@ -26,7 +26,7 @@ from cuflash.cupy_backend import launch, modules, tiles  # noqa: E402
 # Shared memory that a block can have, in bytes. sm_86 stands for sm_89 and sm_120 too, which have as much.
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
 SMALLEST_LIMIT = min(SHARED_LIMITS.values())
-SCALE_FIRST_DIMS = ((64, 64), (128, 128), (192, 128))
+FEW_BYTES = 48  # of a thread that has 1,020 in registers
 
 
 def choices():
@@ -70,18 +70,46 @@ def spills(file, names, architecture):
     return found + re.findall(r".*\bC75\d\d\b.*", log)
 
 
+def names_of(options, architecture, precision, dims):
+    """The instances, by file, that calls with these options take; forward, backward with and without dQ, dQ alone, and the gradient of a bias."""
+    limit = SHARED_LIMITS[architecture]
+    forward, query = (tiles.choose(table, precision, dims, limit) for table in (tiles.forward_table(options), tiles.BACKWARD_QUERY))
+    backward, without_dq = (tiles.choose(tiles.backward_table(options, with_dq), precision, dims, limit) for with_dq in (True, False))
+    staged = tiles.STAGED_BIAS if options & tiles.BIAS and forward.shared_bytes(dims, 4, 4) <= limit else 0
+    names = {forward.file: [forward.name(precision, dims, options | staged)]}
+    if not options & tiles.LONG_SUMS:
+        names[backward.file] = [backward.name(precision, dims, options, True)] if backward.query_gradient else []
+        names[backward.file] += [without_dq.name(precision, dims, options, False)]
+        names[query.file] = [query.name(precision, dims, options)]
+        if options & tiles.BIAS:
+            bias = tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
+            names[bias.file] = [bias.name(precision, dims, options)]
+    return names
+
+
 @pytest.mark.parametrize(("architecture", "precision", "dims"), list(choices()))
 def test_instances(architecture, precision, dims):
-    limit = SHARED_LIMITS[architecture]
-    tables = (tiles.FORWARD, tiles.FORWARD_WITH_OPTIONS, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
-    forward, with_options, backward, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
-    scaled_first = [with_options.name(precision, dims, tiles.SCALE_FIRST)] if architecture == "sm_90" and dims in SCALE_FIRST_DIMS else []
-    long_sums = [with_options.name(precision, dims, tiles.LONG_SUMS)] if precision != "float32" else []
-    found = spills(forward.file, [forward.name(precision, dims, 0), *long_sums, *scaled_first], architecture)
-    with_dq = [backward.name(precision, dims, 0, True)] if backward.query_gradient else []
-    found += spills(backward.file, [*with_dq, without_dq.name(precision, dims, 0, False)], architecture)
-    found += spills(query.file, [query.name(precision, dims, 0)], architecture)
+    names = names_of(0, architecture, precision, dims)
+    if precision != "float32":
+        for file, more in names_of(tiles.LONG_SUMS, architecture, precision, dims).items():
+            names[file] += more
+    found = [spill for file, own in names.items() for spill in spills(file, own, architecture)]
     assert not found, "\n".join(found)
+
+
+ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.STAGED_BIAS
+WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("options", [WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS])
+def test_instances_with_options(options, precision, dims):
+    """Few of the thousands of combinations. A handful of registers may be kept in memory here, no more: the tiles were chosen for the calls without options."""
+    for file, names in names_of(options, "sm_90", precision, dims).items():
+        for spill in spills(file, names, "sm_90"):
+            stored = re.search(r"(\d+) bytes spill stores", spill)
+            assert stored and int(stored[1]) <= FEW_BYTES, spill
 
 
 @pytest.mark.parametrize("architecture", SHARED_LIMITS)
@@ -89,8 +117,9 @@ def test_instances(architecture, precision, dims):
 def test_row_kernels(architecture, precision):
     kind = tiles.PRECISIONS[precision]
     head_dims = sorted({head_dim for head_dim, _ in tiles.HEAD_DIMS})
-    names = [f"backward_prepare<{kind}, {head_dim}, {flag}>" for head_dim in head_dims for flag in ("true", "false")]
-    names += [f"backward_finish<{kind}, {head_dim}>" for head_dim in head_dims]
+    rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
+    names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
+    names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
     assert spills("backward_rows.cu", names, architecture) == []
 
 
@@ -133,10 +162,11 @@ def tile_template(tile):
         tiles.ForwardTile: ("ForwardTiles", ("warps", "row_tiles", "key_tile", "stages")),
         tiles.BackwardTile: ("BackwardTiles", ("warps", "row_tiles", "column_groups", "query_tile", "stages", "score_tiles")),
         tiles.BackwardQueryTile: ("BackwardQueryTiles", ("warps", "row_tiles", "key_tile", "stages")),
+        tiles.BackwardBiasTile: ("BackwardBiasTiles", ("warps", "row_tiles", "key_tile")),
     }[tile]
 
 
-@pytest.mark.parametrize("table", ["FORWARD", "BACKWARD", "BACKWARD_QUERY"])
+@pytest.mark.parametrize("table", ["FORWARD", "BACKWARD", "BACKWARD_QUERY", "BACKWARD_BIAS"])
 def test_sizes_of_tiles(table):
     """Shared memory, threads and tile sizes of every tile of the table, as the kernels have them."""
     conditions, file = set(), None
@@ -145,7 +175,8 @@ def test_sizes_of_tiles(table):
             continue
         file = tile.file
         struct, parameters = tile_template(type(tile))
-        arguments = ", ".join(map(str, (tiles.PRECISIONS[precision], *dims, *(getattr(tile, name) for name in parameters))))
+        options = (0,) if table == "FORWARD" else ()
+        arguments = ", ".join(map(str, (tiles.PRECISIONS[precision], *dims, *options, *(getattr(tile, name) for name in parameters))))
         sizes = {"SHARED_BYTES": tile.shared_bytes(dims, tiles.element_bytes(precision)), "THREADS": tile.threads}
         if table == "BACKWARD":
             sizes["KEY_TILE"] = tile.key_tile
@@ -157,7 +188,7 @@ def test_sizes_of_tiles(table):
 
 
 def test_enums():
-    conditions = [f"SCALE_FIRST == {tiles.SCALE_FIRST}", f"LONG_SUMS == {tiles.LONG_SUMS}"]
+    conditions = [f"{name} == {option}" for name, option in zip(tiles.OPTION_NAMES, tiles.OPTIONS, strict=True)]
     conditions += [f"sizeof(ElementOf<{kind}>::type) == {tiles.element_bytes(precision)}" for precision, kind in tiles.PRECISIONS.items()]
     kinds = list(tiles.PRECISIONS.values())
     conditions += [f"{one} != {other}" for one in kinds for other in kinds if one != other]
@@ -172,7 +203,7 @@ def test_every_head_dim_has_kernels():
 
 
 def test_every_row_ends_with_a_tile_for_the_smallest_gpu():
-    for table in (tiles.FORWARD, tiles.FORWARD_WITH_OPTIONS, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY):
+    for table in tiles.TABLES:
         for precision in tiles.PRECISIONS:
             for dims in tiles.HEAD_DIMS:
                 last = tiles.row(table, precision, dims)[-1]

@@ -1,6 +1,7 @@
 """Attention on CuPy arrays, by the kernels of the sm80 family (mma.sync and cp.async: every NVIDIA GPU from compute capability 8.0 on)."""
 
 import logging
+import math
 import os
 import time
 
@@ -27,12 +28,11 @@ def forward(problem, q, k, v, out=None):
             target = cupy.empty(problem.out_shape, problem.dtype)
         lse = cupy.empty(problem.lse_shape, cupy.float32)
         if lse.size:
-            offset, offsets = _offset(problem)
-            key = ("forward", *_key(problem, q, k, v, target), offset)
-            plan = _plans.get(key)
-            if plan is None:
-                plan = _remember(key, launch.plan_forward(problem, *map(launch.layout, (q, k, v, target)), launch.layout(lse, 1), offset))
-            plan({"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": target.data.ptr, "lse": lse.data.ptr, "offsets": offsets})
+            if problem.sequences:  # rows that no sequence holds, should cu_seqlens be wrong
+                target.fill(0)
+                lse.fill(-cupy.inf)
+            call = _Call(problem, {"q": q, "k": k, "v": v, "out": target, "lse": lse})
+            call.plan("forward", launch.plan_forward)(call.words)
         if out is not None and target is not out:
             out[...] = target
             target = out
@@ -40,50 +40,113 @@ def forward(problem, q, k, v, out=None):
 
 
 def backward(problem, dout, q, k, v, out, lse, dlse=None):
-    """dq, dk and dv; see cuflash.attention_backward."""
+    """dq, dk, dv and, where they are given, dbias and dsinks; see cuflash.attention_backward."""
     with cupy.cuda.Device(problem.device):
         _check(problem)
         dq, dk, dv = (allocate_like_order(cupy, array, array.shape, problem.dtype) for array in (q, k, v))
-        if not lse.size or not problem.key_length:
+        nothing = not lse.size or not problem.key_length
+        if nothing or problem.sequences:  # see forward
             for gradient in (dq, dk, dv):
                 gradient.fill(0)
-            return dq, dk, dv
-        q, k, v, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("dout", dout)
-        if out.shape[-1] > 1 and out.strides[-1] != out.dtype.itemsize:
-            out = _ready("out", out)
-        offset, offsets = _offset(problem)
-        gradient_of_lse = lse if dlse is None else dlse
-        key = ("backward", *_key(problem, dout, q, k, v, out, lse, gradient_of_lse, dq, dk, dv), offset, problem.deterministic)
+        dbias = None if problem.bias is None else (cupy.zeros if nothing else cupy.empty)(problem.bias.shape, problem.bias.dtype)
+        dsinks = None if problem.sinks is None else cupy.zeros(problem.sinks.shape, problem.sinks.dtype)
+        if not nothing or (lse.size and dsinks is not None):
+            q, k, v, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("dout", dout)
+            if out.shape[-1] > 1 and out.strides[-1] != out.dtype.itemsize:
+                out = _ready("out", out)
+            arrays = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+            if dlse is not None:
+                arrays["dlse"] = dlse
+            call = _Call(problem, arrays)
+            _run_backward(problem, call.plan("backward", launch.BackwardPlan), call.words, dq, dk, dv, dbias, dsinks)
+        given = (dbias.reshape(problem.bias_shape),) if dbias is not None else ()
+        return (dq, dk, dv, *given) if dsinks is None else (dq, dk, dv, *given, dsinks)
+
+
+def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
+    """The launches of a backward, with their buffers."""
+    rows = cupy.empty((3 if dsinks is not None else 2, plan.rows), cupy.float32)
+    words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
+    if dsinks is not None:
+        words["row_sink"] = rows[2].data.ptr
+    query_sum, query_parts, key_parts = None, dq, (dk, dv)
+    if plan.dq_sum_shape is not None:
+        query_sum = cupy.empty(plan.dq_sum_shape, cupy.float32)
+        words["dq_sum"] = query_sum.data.ptr
+    parts = cupy.zeros if problem.sequences else cupy.empty
+    if plan.query_parts and (plan.separate_dq or plan.finishes):
+        query_parts = parts(plan.dq_shape, cupy.float32)
+        words["dq"] = query_parts.data.ptr
+    if plan.key_parts:
+        key_parts = parts(plan.dk_shape, cupy.float32), parts(plan.dv_shape, cupy.float32)
+        words |= {"dk": key_parts[0].data.ptr, "dv": key_parts[1].data.ptr}
+    for step in (plan.prepare, plan.main, plan.query, plan.finish):
+        if step is not None:
+            step(words)
+    if dsinks is not None:
+        sums = rows[2].reshape(-1, problem.heads, plan.rows // math.prod(problem.lead)).sum(axis=(0, 2), dtype=cupy.float64)
+        dsinks[...] = -sums
+    if plan.main is None:
+        return
+    if plan.query_parts:
+        if query_parts is dq:
+            _sum_parts(query_sum[..., : problem.query_length, : problem.head_dim], dq, problem.scale)
+        else:
+            _sum_parts(query_parts[..., : problem.head_dim], dq, 1.0)
+    if plan.key_parts:
+        _sum_parts(key_parts[0][..., : problem.head_dim], dk, 1.0)
+        _sum_parts(key_parts[1][..., : problem.value_dim], dv, 1.0)
+    if plan.bias is not None:
+        bias_parts = parts(plan.bias_shape, cupy.float32) if plan.bias_parts else dbias
+        if problem.sequences:
+            bias_parts.fill(0)
+        plan.bias(words | {"dbias": bias_parts.data.ptr})
+        if plan.bias_parts:
+            dbias[...] = bias_parts.sum(axis=0)
+
+
+class _Call:
+    """The arrays of one call as the kernels take them: `words` for a launch, and what its plan depends on."""
+
+    def __init__(self, problem, arrays):
+        self.problem, self.arrays = problem, arrays
+        self.words = {name: array.data.ptr for name, array in arrays.items()}
+        over_batch = {"q_lengths": problem.q_lengths, "kv_lengths": problem.kv_lengths, "offsets": None if isinstance(problem.offset, int) else problem.offset}
+        self.over_batch = {name: array.astype(cupy.int64, copy=False) for name, array in over_batch.items() if array is not None}
+        self.over_heads = {name: array for name, array in (("alibi_slopes", problem.alibi_slopes), ("sinks", problem.sinks)) if array is not None}
+        self.over_heads = {name: array.astype(cupy.float32, copy=False) for name, array in self.over_heads.items()}
+        self.over_scores = {name: array for name, array in (("mask", problem.mask), ("bias", problem.bias)) if array is not None}
+        for group in (self.over_batch, self.over_heads, self.over_scores):
+            self.words |= {name: array.data.ptr for name, array in group.items()}
+        self.alignment = tuple(f"{name} pairs" for name, array in self.over_scores.items() if launch.aligned(array, problem, 2 * array.dtype.itemsize))
+        if problem.bias is not None and launch.aligned(problem.bias, problem, 16):
+            self.alignment += ("bias chunks",)
+        if problem.sequences:
+            self.sequences = cupy.ascontiguousarray(problem.cu_q), cupy.ascontiguousarray(problem.cu_k)
+            self.words |= {"cu_q": self.sequences[0].data.ptr, "cu_k": self.sequences[1].data.ptr}
+        if problem.dropout:
+            self.words["seed"] = problem.seed
+
+    def plan(self, direction, make):
+        """The plan of this call: made once for all calls that agree in everything but addresses, and the seed."""
+        problem = self.problem
+        key = (direction, problem.device, problem.precision, problem.scale, problem.left, problem.right, problem.deterministic)
+        bias_dtype = None if problem.bias is None else problem.bias.dtype
+        offset = problem.offset if isinstance(problem.offset, int) else None
+        key += (offset, problem.softcap, problem.keep, problem.sequences, self.alignment, bias_dtype)
+        for group in (self.arrays, self.over_batch, self.over_heads, self.over_scores):
+            key += tuple((name, array.shape, array.strides) for name, array in group.items())
         plan = _plans.get(key)
         if plan is None:
-            views = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-            views = {name: launch.layout(array) for name, array in views.items()}
-            views.update(lse=launch.layout(lse, 1), dlse=launch.layout(gradient_of_lse, 1))
-            plan = _remember(key, launch.BackwardPlan(problem, views, offset))
-
-        row_lse, row_d = cupy.empty((2, plan.rows), cupy.float32)
-        pointers = {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "dout": dout.data.ptr, "lse": lse.data.ptr}
-        pointers |= {"dlse": 0 if dlse is None else dlse.data.ptr, "row_lse": row_lse.data.ptr, "row_d": row_d.data.ptr, "offsets": offsets}
-        key_gradients = (cupy.empty(plan.dk_shape, cupy.float32), cupy.empty(plan.dv_shape, cupy.float32)) if plan.key_parts else (dk, dv)
-        pointers |= {"dk": key_gradients[0].data.ptr, "dv": key_gradients[1].data.ptr}
-        if plan.separate_dq:
-            query_sum = cupy.empty(plan.dq_shape, cupy.float32) if plan.query_parts else dq
-            pointers["dq"] = query_sum.data.ptr
-        else:
-            query_sum = cupy.empty(plan.dq_sum_shape, cupy.float32)
-            pointers |= {"dq": dq.data.ptr, "dq_sum": query_sum.data.ptr}
-        plan.prepare(pointers)
-        plan.main(pointers)
-        if plan.query is not None:
-            plan.query(pointers)
-        if plan.finish is not None:
-            plan.finish(pointers)
-        if plan.query_parts:
-            _sum_parts(query_sum[..., : problem.query_length, : problem.head_dim], dq, 1.0 if plan.separate_dq else problem.scale)
-        if plan.key_parts:
-            _sum_parts(key_gradients[0][..., : problem.head_dim], dk, 1.0)
-            _sum_parts(key_gradients[1][..., : problem.value_dim], dv, 1.0)
-        return dq, dk, dv
+            views = {name: launch.layout(array, 1 if name in ("lse", "dlse") else 2) for name, array in self.arrays.items()}
+            views |= {name: launch.layout(array, 2) for name, array in self.over_scores.items()}
+            views |= {name: launch.layout(array, 0) for name, array in self.over_heads.items()}
+            views |= {name: launch.layout_over_batch(array) for name, array in self.over_batch.items()}
+            plan = make(problem, views, self.alignment)
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+        return plan
 
 
 def _sum_parts(parts, gradient, scale):
@@ -123,26 +186,6 @@ def _ready(name, array):
     return cupy.broadcast_to(copy, array.shape)
 
 
-def _offset(problem):
-    """Strides of an array of offsets over its batch dimensions, or None, and its address."""
-    if isinstance(problem.offset, int):
-        return None, 0
-    return tuple(stride // 8 if length > 1 else 0 for stride, length in zip(problem.offset.strides, problem.offset.shape)), problem.offset.data.ptr
-
-
-def _key(problem, *arrays):
-    """What a plan depends on."""
-    offset = problem.offset if isinstance(problem.offset, int) else None
-    return (problem.device, problem.precision, problem.scale, problem.causal, offset, *[(array.shape, array.strides) for array in arrays])
-
-
-def _remember(key, plan):
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
-
-
 def describe():
     """For `python -m cuflash info`: which kernels run here, and why."""
     cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
@@ -171,8 +214,8 @@ def warmup(dtypes, head_dims):
                 wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
             wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
             wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
-            wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {flag}>", 0) for flag in ("true", "false")]
-            wanted += [("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}>", 0)]
+            wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
+            wanted += [("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}, 0>", 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()
                 modules.kernel(file, name, shared_bytes, device)

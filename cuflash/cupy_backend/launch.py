@@ -14,27 +14,32 @@ from cuflash.cupy_backend import modules, tiles
 
 # struct Problem of kernels/problem.cuh. A test holds the two together.
 BATCH_DIMS = 4
-VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse")
-BUFFERS = ("row_lse", "row_d", "dq_sum", "offsets")
-INTEGERS = ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "causal", "sweep_heads", "heads_per_block", "partial")
+VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
+WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
 VIEW = numpy.dtype(
-    [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("group", "i4"), ("columns", "i4")], align=True
+    [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
+    + [(name, "i4") for name in ("group", "columns", "pairs")],
+    align=True,
 )
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
-    + [(name, "u8") for name in BUFFERS]
-    + [("offset_stride", "i8", BATCH_DIMS), ("offset", "i8"), ("batch", "i4", BATCH_DIMS)]
-    + [(name, "i4") for name in INTEGERS]
-    + [("scale", "f4"), ("scale_log2", "f4")],
+    + [(name, "u8") for name in WORDS]
+    + [("offset", "i8"), ("split_stride", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
+    + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
+    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits")]
+    + [("keep_threshold", "u4")]
+    + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")],
     align=True,
 )
-_POINTER_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + BUFFERS}
+_WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
+NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
+MAX_SPLITS = 64  # parts of dbias
 SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels that flush subnormals would multiply scores by 0
 
 
@@ -46,10 +51,10 @@ class Launch:
             raise ValueError(f"the call needs {blocks} blocks of a GPU's grid; allowed: fewer than 2**31. Split the batch")
         self.kernel, self.grid, self.block, self.shared_bytes, self.argument = kernel, (blocks,), (threads,), shared_bytes, argument
 
-    def __call__(self, pointers):
+    def __call__(self, words):
         argument = bytearray(self.argument)
-        for name, pointer in pointers.items():
-            struct.pack_into("Q", argument, _POINTER_AT[name], pointer)
+        for name, word in words.items():
+            struct.pack_into("Q", argument, _WORD_AT[name], word)
         self.kernel(self.grid, self.block, (numpy.frombuffer(argument, _PASSED),), shared_mem=self.shared_bytes)
 
 
@@ -60,50 +65,77 @@ def shared_limit(device):
 
 
 @functools.cache
+def shared_of_multiprocessor(device):
+    """Shared memory of all blocks on a multiprocessor; each takes 1 KiB more than it asks for."""
+    return cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)
+
+
+@functools.cache
 def multiprocessors(device):
     return cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device)
 
 
 def layout(array, trailing=2):
-    """What a plan needs to know of an array: shape and strides (in elements) of leading dimensions, row stride, columns."""
+    """What a plan needs to know of an array: shape and strides (in elements) of its batch and heads axes, strides of its last `trailing` axes, columns."""
     size = array.dtype.itemsize
     strides = tuple(stride // size if length > 1 else 0 for stride, length in zip(array.strides, array.shape))
     split = array.ndim - trailing
-    return array.shape[:split], strides[:split], strides[split], array.shape[-1] if trailing == 2 else 1
+    return array.shape[:split], strides[:split], strides[split:], array.shape[-1] if trailing == 2 else 1
 
 
-def argument(problem, views, heads=None, offset=None, **integers):
+def layout_over_batch(array):
+    """The same for an array of one number for each batch entry, which all heads share."""
+    lead, strides, _, _ = layout(array, 0)
+    return (*lead, 1), (*strides, 0), (), 1
+
+
+def aligned(array, problem, step):
+    """Whether columns of a mask or bias lie side by side and every row starts at a multiple of `step` bytes, so that so many can be read at once."""
+    rows = [stride for stride, length in zip(array.strides[:-1], array.shape[:-1]) if length > 1]
+    return not problem.sequences and array.shape[-1] > 1 and array.strides[-1] == array.dtype.itemsize and all(at % step == 0 for at in (array.data.ptr, *rows))
+
+
+def argument(problem, views, heads=None, alignment=(), **numbers):
     """The bytes of struct Problem without its pointers. `views`: name -> layout; `heads`: name -> heads of a view's grid where not the problem's."""
     record = numpy.zeros((), LAYOUT)
     ndim = len(problem.batch)
     batch_strides = {}
-    for name, (lead, strides, row_stride, columns) in views.items():
+    for name, (lead, strides, trailing, columns) in views.items():
         view = record[name]
         own_heads = lead[-1] if lead else 1
         view["head_stride"] = strides[-1] if lead else 0
         view["group"] = (heads or {}).get(name, problem.heads) // own_heads
-        view["row_stride"] = row_stride
+        view["row_stride"], view["column_stride"] = (*trailing, 0, 0)[:2]
         view["columns"] = columns
+        view["pairs"] = f"{name} pairs" in alignment
         batch_strides[name] = (0,) * (ndim - len(strides[:-1])) + strides[:-1]
-    if offset is not None:
-        batch_strides["offset"] = (0,) * (ndim - len(offset)) + offset
-    batch, batch_strides = _merge(problem.batch, batch_strides)
-    record["batch"] = batch
+    record["batch"], batch_strides = _merge(problem.batch, batch_strides)
     for name, strides in batch_strides.items():
-        if name == "offset":
-            record["offset_stride"] = strides
-        else:
-            record[name]["batch_stride"] = strides
-    record["heads"] = record["grid_heads"] = problem.heads
-    record["grid_places"] = math.prod(problem.batch) * problem.heads
-    record["queries"] = problem.query_length
-    record["keys"] = problem.key_length
-    record["causal"] = problem.causal
-    record["scale"] = problem.scale
-    record["scale_log2"] = problem.scale / math.log(2)
-    if offset is None:
-        record["offset"] = problem.offset
-    for name, value in integers.items():
+        record[name]["batch_stride"] = strides
+    unit = problem.softcap or (1.0 if scales_first(problem) else problem.scale)
+    bounded = problem.right is not None or problem.left is not None
+    values = {
+        "heads": problem.heads,
+        "grid_heads": problem.heads,
+        "grid_places": math.prod(problem.batch) * problem.heads,
+        "queries": problem.query_length,
+        "keys": problem.key_length,
+        "sequences": problem.sequences,
+        "offset": problem.offset if isinstance(problem.offset, int) else 0,
+        "aligned_ends": problem.offset is None,
+        "left": NO_BOUND if problem.left is None else problem.left,
+        "right": NO_BOUND if problem.right is None else problem.right,
+        "bounded": bounded,
+        "last_first": problem.right is not None and problem.left is None,
+        "keep_threshold": problem.keep % 65536 << 16,
+        "keep_inverse": 65536 / problem.keep,
+        "scale": problem.scale,
+        "score_unit": unit,
+        "score_unit_log2": unit / math.log(2),
+        "inverse_unit": 1 / unit,
+        "softcap_scale": problem.scale / problem.softcap if problem.softcap else 0.0,
+    }
+    for name, value in (values | numbers).items():
         record[name] = value
     return record.tobytes()
 
@@ -129,56 +161,89 @@ def _merge(batch, strides):
 
 
 def sweep(problem, head_bytes, places):
-    """How many of the grid's heads are swept together: only causal calls have uneven tiles, and their common operands should fit in L2."""
-    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if problem.causal else 1
+    """How many of the grid's heads are swept together: only bounded calls have uneven tiles, and their common operands should fit in L2."""
+    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if problem.right is not None and problem.left is None else 1
+
+
+def slots(problem, length, tile):
+    """Tiles of a grid along a length; packed sequences take as many at most (TileOfSequence in kernels/score.cuh)."""
+    return length // tile + problem.sequences if problem.sequences else -(-length // tile)
+
+
+def scales_first(problem):
+    """Whether scores are scaled at once: as factors of exponents, scales must be positive, and what is added to scores is divided by them."""
+    if problem.softcap:
+        return False
+    adds = problem.bias is not None or problem.alibi_slopes is not None
+    if adds and problem.precision == "float32":  # a bias should not be rounded once more
+        return True
+    return not (2.0**-40 < problem.scale < 2.0**40 if adds else problem.scale >= SMALLEST_FACTOR)
 
 
 def options_of(problem):
-    """The score step's compile-time options (kernels/score.cuh)."""
-    return 0 if problem.scale >= SMALLEST_FACTOR else tiles.SCALE_FIRST
+    """The compile-time options of a call (kernels/score.cuh)."""
+    options = tiles.SCALE_FIRST if scales_first(problem) else 0
+    for wanted, option in (
+        (problem.left is not None, tiles.WINDOW),
+        (problem.sequences, tiles.PACKED),
+        (problem.q_lengths is not None or problem.kv_lengths is not None, tiles.LENGTHS),
+        (problem.softcap, tiles.SOFTCAP),
+        (problem.bias is not None, tiles.BIAS),
+        (problem.bias is not None and tiles.element_bytes(problem.precision) == 2 and problem.bias.dtype.itemsize == 4, tiles.BIAS_FLOAT32),
+        (problem.mask is not None, tiles.MASK),
+        (problem.alibi_slopes is not None, tiles.ALIBI),
+        (problem.dropout, tiles.DROPOUT),
+        (problem.sinks is not None, tiles.SINKS),
+    ):
+        if wanted:
+            options |= option
+    return options
 
 
-def forward_options(problem):
-    """The same, with what the forward kernel needs for long sums."""
-    return options_of(problem) | (tiles.LONG_SUMS if problem.key_length > LONG_LENGTH and problem.precision != "float32" else 0)
-
-
-def plan_forward(problem, q, k, v, out, lse, offset):
-    """The launch of a forward pass; q, k, v, out, lse are layouts."""
+def plan_forward(problem, views, alignment):
+    """The launch of a forward pass; `views`: name -> layout."""
     dims = tiles.head_dims(problem.head_dim, problem.value_dim)
     size = tiles.element_bytes(problem.precision)
-    options = forward_options(problem)
-    tile = tiles.choose(tiles.FORWARD_WITH_OPTIONS if options else tiles.FORWARD, problem.precision, dims, shared_limit(problem.device))
+    options = options_of(problem)
+    if problem.key_length > LONG_LENGTH and problem.precision != "float32":  # which adds in round-to-nearest anyway
+        options |= tiles.LONG_SUMS
+    tile = tiles.choose(tiles.forward_table(options), problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
+    if "bias chunks" in alignment:
+        staged = tile.shared_bytes(dims, size, problem.bias.dtype.itemsize)
+        if staged <= shared_limit(problem.device) and tile.blocks_per_sm * (staged + 1024) <= shared_of_multiprocessor(problem.device):
+            options, shared_bytes = options | tiles.STAGED_BIAS, staged
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
     group = problem.heads // max(problem.key_heads, problem.value_heads)
     places = math.prod(problem.batch) * problem.heads
     sweep_heads = sweep(problem, problem.key_length * sum(dims) * size // group, places)
-    packed = argument(problem, {"q": q, "k": k, "v": v, "out": out, "lse": lse}, offset=offset, sweep_heads=sweep_heads)
-    return Launch(kernel, places * -(-problem.query_length // tile.query_tile), tile.threads, shared_bytes, packed)
+    packed = argument(problem, views, alignment=alignment, sweep_heads=sweep_heads)
+    return Launch(kernel, places * slots(problem, problem.query_length, tile.query_tile), tile.threads, shared_bytes, packed)
 
 
 class BackwardPlan:
     """The launches of a backward pass and the buffers between them."""
 
-    def __init__(self, problem, views, offset):
+    def __init__(self, problem, views, alignment):
         self.dims = dims = tiles.head_dims(problem.head_dim, problem.value_dim)
         precision, device = problem.precision, problem.device
         size, limit = tiles.element_bytes(precision), shared_limit(device)
-        options = options_of(problem)
+        row_options = options_of(problem) & (tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
+        options = options_of(problem) & ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
 
-        main = tiles.choose(tiles.BACKWARD, precision, dims, limit)
+        main = tiles.choose(tiles.backward_table(options), precision, dims, limit)
         # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
         self.separate_dq = problem.deterministic or not main.query_gradient
         if self.separate_dq:
-            main = tiles.choose(tiles.BACKWARD_WITHOUT_DQ, precision, dims, limit)
+            main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
-        padding = max(ROWS_PER_BLOCK, main.query_tile, query.query_tile if self.separate_dq else 0)
-        padded = -(-problem.query_length // padding) * padding
-        self.rows = places * padded  # of row_lse and row_d
+        bias_tile = None if problem.bias is None else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
+        padding = max(ROWS_PER_BLOCK, main.query_tile, query.query_tile if self.separate_dq else 0, bias_tile.query_tile if bias_tile else 0)
+        padded = slots(problem, problem.query_length, padding) * padding
+        self.rows = places * padded  # of row_lse, row_d and row_sink
         self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
-        key_tiles = -(-problem.key_length // main.key_tile)
+        key_tiles = slots(problem, problem.key_length, main.key_tile)
         # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
         shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
         enough = 2 * multiprocessors(device)
@@ -188,40 +253,67 @@ class BackwardPlan:
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
+        # Sums of dQ lie in padded rows: the host takes them from there, but where sequences are padded one by one.
+        self.finishes = not self.separate_dq and (not self.query_parts or problem.sequences)
         parts = {}
         if self.key_parts:
             self.dk_shape, self.dv_shape = ((*problem.batch, self.blocks_of_heads, problem.key_length, dim) for dim in dims)
             parts = {"dk": contiguous_layout(self.dk_shape), "dv": contiguous_layout(self.dv_shape)}
+        if self.query_parts:
+            self.dq_shape = (*problem.lead, problem.query_length, dims[0])
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * 4)
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         sweep_heads = sweep(problem, head_bytes * together, places // together)
-        packed = argument(problem, {**views, **parts}, heads, offset, padded_queries=padded, partial=self.key_parts, sweep_heads=sweep_heads, **grid)
+        rows = {"padded_queries": padded, "padding": padding}
+        packed = argument(problem, {**views, **parts}, heads, alignment, partial=self.key_parts, sweep_heads=sweep_heads, **rows, **grid)
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument)
 
         row_blocks, kind = places * padded // ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
-        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {str(not self.separate_dq).lower()}>", row_blocks, 256)
+        zero = str(not self.separate_dq).lower()
+        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {row_options}, {zero}>", row_blocks, 256)
+        self.main = self.query = self.finish = self.bias = None
+        if not problem.key_length:
+            return
         name = main.name(precision, dims, options, not self.separate_dq)
         self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size))
-        self.query = self.finish = None
+        dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
+        head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
+        sweep_heads = sweep(problem, head_bytes, places)
+        packed = argument(problem, {**views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, **rows)
         if self.separate_dq:
-            dq = {}
-            if self.query_parts:
-                self.dq_shape = (*problem.lead, problem.query_length, dims[0])
-                dq = {"dq": contiguous_layout(self.dq_shape)}
-            head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
-            sweep_heads = sweep(problem, head_bytes, places)
-            packed = argument(problem, {**views, **dq}, None, offset, padded_queries=padded, partial=self.query_parts, sweep_heads=sweep_heads)
-            blocks = places * -(-problem.query_length // query.query_tile)
+            blocks = places * slots(problem, problem.query_length, query.query_tile)
             self.query = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
-        elif not self.query_parts:
-            self.finish = launch("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}>", row_blocks, 256)
+        elif self.finishes:
+            row_options &= ~tiles.SINKS
+            self.finish = launch("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks, 256, 0, packed)
+        if problem.bias is not None:
+            self._plan_bias(problem, views, alignment, bias_tile, options, rows)
+
+    def _plan_bias(self, problem, views, alignment, tile, options, rows):
+        """The launch for dbias: in parts, where its tiles alone would leave most of the GPU idle."""
+        shape = problem.bias.shape
+        own_rows, own_columns = (length > 1 for length in shape[-2:])
+        query_slots, key_slots = slots(problem, problem.query_length, tile.query_tile), slots(problem, problem.key_length, tile.key_tile)
+        column_tiles = -(-problem.key_length // tile.key_tile) if own_rows and own_columns else 1
+        blocks = math.prod(shape[:-2]) * (query_slots if own_rows else key_slots if own_columns else 1) * column_tiles
+        steps = math.prod(problem.lead) // math.prod(shape[:-2]) * (1 if own_rows else query_slots)
+        splits = max(1, min(steps, 4 * multiprocessors(problem.device) // blocks, MAX_SPLITS))
+        self.bias_parts, self.bias_shape = splits > 1, (splits, *shape)
+        dbias = {"dbias": contiguous_layout(shape)}
+        numbers = {"partial": self.bias_parts, "splits": splits, "split_stride": math.prod(shape), **rows}
+        packed = argument(problem, {**views, **dbias}, None, alignment, **numbers)
+        size = tiles.element_bytes(problem.precision)
+        name, shared_bytes = tile.name(problem.precision, self.dims, options), tile.shared_bytes(self.dims, size)
+        kernel = modules.kernel(tile.file, name, shared_bytes, problem.device)
+        self.bias = Launch(kernel, blocks * splits, tile.threads, shared_bytes, packed)
 
 
 def contiguous_layout(shape):
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(shape[:-2]), tuple(stride if length > 1 else 0 for stride, length in zip(strides[:-2], shape[:-2])), strides[-2], shape[-1]
+    strides = tuple(stride if length > 1 else 0 for stride, length in zip(strides, shape))
+    return tuple(shape[:-2]), strides[:-2], strides[-2:], shape[-1]

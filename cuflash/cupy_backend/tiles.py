@@ -1,9 +1,10 @@
-"""The tuning table: which tile of which kernel for which precision, head dimensions and GPU.
+"""The tuning table: which tile of which kernel for which precision, head dimensions, options and GPU.
 
 Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
-of 64 and more come from sweeps on an H200. Not timed against others: head dim 32, the pairs of unequal head dims except forward (64, 32) and (192, 128),
-every later tile of a row, tf32 at 96 and 192 and forward at 256, all of BACKWARD_QUERY and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed
-ones which spilled: backward 16-bit at 256 and backward tf32 at 128.
+of 64 and more come from sweeps on an H200, those of 16-bit calls with options at 64 and 128 from a smaller one. Not timed against others: head dim 32, the
+pairs of unequal head dims except forward (64, 32) and (192, 128), every later tile of a row, tf32 at 96 and 192 and forward at 256, other tiles for calls
+with options, all of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward 16-bit at
+256 and backward tf32 at 128.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 
 PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
 
 # As kernels/score.cuh has them.
-SCALE_FIRST = 1
-LONG_SUMS = 2
+OPTIONS = tuple(1 << bit for bit in range(13))
+SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS = OPTIONS
+OPTION_NAMES = ("SCALE_FIRST", "LONG_SUMS", "WINDOW", "PACKED", "LENGTHS", "SOFTCAP", "BIAS", "BIAS_FLOAT32", "MASK", "ALIBI", "DROPOUT", "SINKS")
+OPTION_NAMES += ("STAGED_BIAS",)
 
 
 def head_dims(head_dim, value_dim):
@@ -52,9 +55,11 @@ class ForwardTile:
     def query_tile(self):
         return self.warps * self.row_tiles * 16
 
-    def shared_bytes(self, dims, size):
+    def shared_bytes(self, dims, size, bias_size=0):
+        """With bias_size, the bytes of an element, bias tiles are staged too."""
         head_dim, value_dim = dims
-        return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size
+        staged = self.stages * self.query_tile * self.key_tile * bias_size
+        return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size + staged
 
     def name(self, precision, dims, options):
         parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.blocks_per_sm)
@@ -124,6 +129,33 @@ class BackwardQueryTile:
         return f"backward_query_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardBiasTile:
+    """Template parameters of kernels/backward_bias_sm80.cu."""
+
+    warps: int
+    row_tiles: int  # 16-row tiles of queries a warp
+    key_tile: int
+    blocks_per_sm: int
+
+    file = "backward_bias_sm80.cu"
+
+    @property
+    def threads(self):
+        return self.warps * 32
+
+    @property
+    def query_tile(self):
+        return self.warps * self.row_tiles * 16
+
+    def shared_bytes(self, dims, size):
+        return (self.query_tile + self.key_tile) * sum(dims) * size
+
+    def name(self, precision, dims, options):
+        parameters = (self.warps, self.row_tiles, self.key_tile, self.blocks_per_sm)
+        return f"backward_bias_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+
+
 # Kind of element -> head dims, or the larger of them, -> tiles in order of preference. The last of each row fits in 99 KiB, what the smallest of the GPUs
 # from compute capability 8.0 on gives a block.
 FORWARD = {
@@ -181,20 +213,43 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
-# Where another variant of a kernel needs more registers than the tile above leaves it.
+# Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
-    "16-bit": FORWARD["16-bit"]
-    | {
+    "16-bit": {
+        32: [ForwardTile(4, 2, 64, 2, 2)],
         64: [ForwardTile(4, 2, 64, 2, 2)],
         96: [ForwardTile(4, 2, 32, 2, 2)],
-        128: [ForwardTile(4, 2, 48, 2, 2)],
+        128: [ForwardTile(4, 2, 32, 2, 2)],
         (192, 128): [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
         192: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
         256: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)],
     },
-    "tf32": FORWARD["tf32"] | {128: [ForwardTile(8, 2, 16, 2, 1), ForwardTile(4, 1, 32, 2, 1)]},
+    "tf32": FORWARD["tf32"] | {64: [ForwardTile(4, 2, 32, 2, 2)], 128: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)]},
+    "float32": FORWARD["float32"] | {64: [ForwardTile(4, 2, 16, 2, 2)], 128: [ForwardTile(4, 1, 16, 2, 2)]},
 }
 BACKWARD_WITHOUT_DQ = BACKWARD | {"16-bit": BACKWARD["16-bit"] | {64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)]}}
+BACKWARD_WITH_OPTION = BACKWARD | {
+    "16-bit": BACKWARD["16-bit"]
+    | {
+        32: [BackwardTile(4, 1, 1, 32, 3, 1, 1, 2)],
+        256: [BackwardTile(8, 2, 4, 64, 1, 1, 1, 1), BackwardTile(4, 1, 2, 32, 1, 2, 2, 1, query_gradient=False)],
+    },
+    "tf32": BACKWARD["tf32"]
+    | {
+        32: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
+        128: [BackwardTile(8, 1, 2, 32, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
+        256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
+    },
+}
+BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
+    "16-bit": BACKWARD_WITH_OPTION["16-bit"]
+    | {
+        64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)],
+        128: [BackwardTile(8, 2, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
+    },
+    "float32": BACKWARD["float32"] | {64: [BackwardTile(8, 1, 2, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)]},
+}
 _QUERY_FLOAT32 = {
     32: [BackwardQueryTile(4, 1, 32, 2, 1)],
     64: [BackwardQueryTile(8, 1, 32, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -205,7 +260,7 @@ _QUERY_FLOAT32 = {
 }
 BACKWARD_QUERY = {
     "16-bit": {
-        32: [BackwardQueryTile(4, 2, 64, 2, 2)],
+        32: [BackwardQueryTile(4, 2, 32, 2, 2)],
         64: [BackwardQueryTile(4, 2, 32, 2, 2)],
         96: [BackwardQueryTile(8, 1, 64, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
         128: [BackwardQueryTile(8, 1, 64, 2, 1), BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -215,6 +270,49 @@ BACKWARD_QUERY = {
     "tf32": _QUERY_FLOAT32,
     "float32": _QUERY_FLOAT32,
 }
+
+
+_BIAS_FLOAT32 = {
+    32: [BackwardBiasTile(4, 1, 32, 2)],
+    64: [BackwardBiasTile(4, 1, 32, 2)],
+    96: [BackwardBiasTile(4, 1, 16, 2)],
+    128: [BackwardBiasTile(4, 1, 16, 2)],
+    192: [BackwardBiasTile(2, 1, 16, 2)],
+    256: [BackwardBiasTile(2, 1, 16, 2)],
+}
+BACKWARD_BIAS = {
+    "16-bit": {
+        32: [BackwardBiasTile(4, 1, 64, 2)],
+        64: [BackwardBiasTile(4, 1, 64, 2)],
+        96: [BackwardBiasTile(4, 1, 64, 2)],
+        128: [BackwardBiasTile(4, 1, 64, 2)],
+        192: [BackwardBiasTile(4, 1, 32, 2)],
+        256: [BackwardBiasTile(4, 1, 32, 2)],
+    },
+    "tf32": _BIAS_FLOAT32,
+    "float32": _BIAS_FLOAT32,
+}
+
+
+# Options that say which scores there are; the others change them one by one.
+_WHICH_SCORES = WINDOW | PACKED | LENGTHS | SINKS
+
+
+def _changes_of_scores(options):
+    return (options & ~_WHICH_SCORES & ~BIAS_FLOAT32 & ~STAGED_BIAS).bit_count()
+
+
+def forward_table(options):
+    """The table for a call's options."""
+    needs_more = options & (LONG_SUMS | BIAS | DROPOUT) or _changes_of_scores(options) > 1
+    return FORWARD_WITH_OPTIONS if needs_more else FORWARD
+
+
+def backward_table(options, with_dq=True):
+    """The same for backward, with dQ or without."""
+    if options:
+        return BACKWARD_WITH_OPTIONS if _changes_of_scores(options) > 1 else BACKWARD_WITH_OPTION
+    return BACKWARD if with_dq else BACKWARD_WITHOUT_DQ
 
 
 def row(table, precision, dims):
@@ -229,9 +327,12 @@ def choose(table, precision, dims, shared_limit):
     return next(tile for tile in row(table, precision, dims) if tile.shared_bytes(dims, size) <= shared_limit)
 
 
+TABLES = (FORWARD, FORWARD_WITH_OPTIONS, BACKWARD, BACKWARD_WITHOUT_DQ, BACKWARD_WITH_OPTION, BACKWARD_WITH_OPTIONS, BACKWARD_QUERY, BACKWARD_BIAS)
+
+
 def instances():
     """Every (tile, precision, dims) of the table."""
-    for table in (FORWARD, FORWARD_WITH_OPTIONS, BACKWARD, BACKWARD_WITHOUT_DQ, BACKWARD_QUERY):
+    for table in TABLES:
         for precision in PRECISIONS:
             for dims in HEAD_DIMS:
                 for tile in row(table, precision, dims):

@@ -1,0 +1,72 @@
+// Dropout by a counter-based random generator, Philox4x32 with 7 rounds (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+// Which pairs of a query and a key are kept depends on (seed, batch and head, sequence, query, key) alone, so forward, backward and the NumPy path
+// (cuflash/philox.py) find the same ones, whatever their tiles.
+//
+// One call gives eight 16-bit fields, for 2 queries, 8 apart, and 4 keys, 8 apart: what one lane holds of a fragment of scores, and of a transposed one.
+// Query i and key j belong to the group (i / 16 * 8 + i % 8, j / 32 * 8 + j % 8) and take its field (i / 8 % 2) * 4 + j / 8 % 4; a field is half a word.
+#pragma once
+#include "problem.cuh"
+
+__device__ __forceinline__ void philox(u32 (&words)[4], u32 key_low, u32 key_high) {
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    const unsigned long long first = 0xD2511F53ull * words[0], second = 0xCD9E8D57ull * words[2];
+    words[0] = (u32)(second >> 32) ^ words[1] ^ key_low;
+    words[1] = (u32)second;
+    words[2] = (u32)(first >> 32) ^ words[3] ^ key_high;
+    words[3] = (u32)first;
+    key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
+  }
+}
+
+struct Dropout {
+  u32 place, sequence;   // flat index of batch and head; packed sequence
+
+  static __device__ __forceinline__ u32 query_group(u32 query) { return query / 16 * 8 + query % 8; }
+  static __device__ __forceinline__ u32 key_group(u32 key) { return key / 32 * 8 + key % 8; }
+
+  // The four words of a group.
+  __device__ __forceinline__ void words(const Problem& problem, u32 (&w)[4], u32 query_group, u32 key_group) const {
+    w[0] = query_group, w[1] = key_group, w[2] = place, w[3] = sequence;
+    philox(w, (u32)problem.seed, (u32)(problem.seed >> 32));
+  }
+  // Whether the pair of a field is kept; `threshold` is keep << 16.
+  static __device__ __forceinline__ bool keeps(u32 word, bool high, u32 threshold) {
+    return (high ? word : word << 16) < threshold;   // the threshold's low half is 0
+  }
+
+  // f(m, n, half, i) for every dropped element of a lane's fragments d[m][n][2 · half + i]. Rows are queries (or keys if TRANSPOSED), `row` and `column`
+  // the lane's first ones; row a multiple of 16 · ROW_TILES plus less than 8, column a multiple of 16 plus less than 8.
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename Drop>
+  __device__ __forceinline__ void drop(const Problem& problem, int row, int column, Drop f) const {
+    // 16 x 16 elements at a time take two words of a call; where the 32 keys of a group lie in one fragment, its next 16 take the two others.
+    keep_here(row), keep_here(column);
+    const u32 first_query_group = query_group(TRANSPOSED ? column : row), first_key_group = key_group(TRANSPOSED ? row : column);
+    constexpr int ROWS_AT_ONCE = TRANSPOSED && ROW_TILES % 2 == 0 ? 2 : 1, PAIRS_AT_ONCE = !TRANSPOSED && COLUMNS % 32 == 0 ? 2 : 1;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m += ROWS_AT_ONCE)
+#pragma unroll
+      for (int pair = 0; pair < COLUMNS / 16; pair += PAIRS_AT_ONCE)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key_step = (TRANSPOSED ? m : pair) * 16, query_step = (TRANSPOSED ? pair : m) * 16, key = (TRANSPOSED ? row : column) + key_step;
+          u32 w[4];   // 16 queries on, the group is 8 on; so it is 32 keys on
+          words(problem, w, first_query_group + query_step / 2 + (TRANSPOSED ? i : 0), (key_step % 32 == 0 ? first_key_group + key_step / 4 : key_group(key)) + (TRANSPOSED ? 0 : i));
+          const bool second = key / 16 % 2;
+#pragma unroll
+          for (int more = 0; more < ROWS_AT_ONCE * PAIRS_AT_ONCE; ++more)
+#pragma unroll
+            for (int a = 0; a < 2; ++a) {   // the query's half of 16
+              const u32 word = ROWS_AT_ONCE * PAIRS_AT_ONCE == 2 ? w[a * 2 + more] : (second ? w[a * 2 + 1] : w[a * 2]);
+#pragma unroll
+              for (int b = 0; b < 2; ++b) {   // the key's
+                const bool kept = keeps(word, b, problem.keep_threshold);
+                if (!kept) {
+                  if constexpr (TRANSPOSED) f(m + more, pair * 2 + a, b, i);
+                  else f(m, (pair + more) * 2 + b, a, i);
+                }
+              }
+            }
+        }
+  }
+};

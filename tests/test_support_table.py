@@ -1,0 +1,71 @@
+"""The README's table of options, dtypes, directions and kernel families against the code."""
+
+import re
+from itertools import product
+
+import numpy
+import pytest
+from support import DTYPES, ROOT, Arrays, check_backward, check_forward, cupy
+
+from cuflash.options import DEFAULTS
+
+HEADER, *ROWS = (line for line in (ROOT / "README.md").read_text().split("| option | NumPy:")[1].split("\n\n")[0].splitlines() if not line.startswith("| ---"))
+FAMILIES = {"numpy": re.findall(r"\w+", HEADER.split("|")[0]), "cupy": re.findall(r"\w+", HEADER.split("sm80:")[1])}
+TABLE = {re.search(r"`(\w+)`", row)[1]: dict(zip(FAMILIES, (cell.strip().split(", ") for cell in row.split("|")[2:4]))) for row in ROWS}
+HEADS, LENGTH, KEYS = 2, 20, 30
+
+
+def value_of(name, arrays):
+    """Something that makes a difference."""
+    return {
+        "scale": lambda: 0.3,
+        "offset": lambda: 3,
+        "causal": lambda: True,
+        "window": lambda: (5, 2),
+        "mask": lambda: arrays.xp.asarray(arrays.rng.random((LENGTH, KEYS)) < 0.7),
+        "bias": lambda: arrays.normal(HEADS, LENGTH, KEYS),
+        "softcap": lambda: 2.0,
+        "alibi_slopes": lambda: [0.5, 0.25],
+        "sinks": lambda: arrays.normal(HEADS),
+        "q_lengths": lambda: 13,
+        "kv_lengths": lambda: 17,
+        "cu_seqlens": lambda: ([0, 7, LENGTH], [0, 19, KEYS]),
+        "dropout": lambda: 0.4,
+        "deterministic": lambda: True,
+    }[name]()
+
+
+def test_every_option_is_in_the_table():
+    assert set(TABLE) == set(DEFAULTS) - {"seed", "precision"}
+
+
+def test_dtypes_of_the_table():
+    from cuflash.cupy_backend.tiles import PRECISIONS
+
+    assert set(FAMILIES["numpy"]) == set(DTYPES) - {"tf32"}
+    assert set(FAMILIES["cupy"]) == set(PRECISIONS)
+
+
+def cells():
+    for name, family in product(TABLE, FAMILIES):
+        for precision in FAMILIES[family]:
+            marks = pytest.mark.gpu if family == "cupy" else ()
+            yield pytest.param(name, family, precision, id=f"{name}-{family}-{precision}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "family", "precision"), list(cells()))
+def test_what_the_table_says_works(seed, name, family, precision):
+    arrays = Arrays(numpy if family == "numpy" else cupy, precision, seed)
+    q, k, v = arrays.qkv(LENGTH, KEYS, 32, lead=(HEADS,))
+    options = {name: value_of(name, arrays), **arrays.options}
+    if name == "dropout":
+        options["seed"] = 1
+    if name == "offset":
+        options["causal"] = True
+    says = TABLE[name][family]
+    if "forward" in says:
+        plain = check_forward(q, k, v, roundings=4, **arrays.options)[0]
+        assert (check_forward(q, k, v, roundings=4, **options)[0] != plain).any(), "the option changes nothing"
+    assert "backward" in says
+    gradients = check_backward(arrays.normal(HEADS, LENGTH, 32), q, k, v, roundings=4, **options)
+    assert len(gradients) == 3 + ("dbias" in says) + ("dsinks" in says)
