@@ -145,11 +145,15 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
             p, [&](u32(&words)[4], int m, int k) { k_rows.load(words, key_row + m * 16, k); },
             [&](u32(&words)[4], int column, int k) { q_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
       }
-      int block_key = block.first_key;
-      keep_here(block_key);
-      const int lane_key = block_key + key_row + lane / 4, lane_query = first_query + column_group * QUERY_COLUMNS + lane % 4 * 2;
+      auto first_key = [&] {
+        int key = block.first_key;
+        keep_here(key);
+        return key;
+      };
+      auto lane_key = [&] { return first_key() + key_row + lane / 4; };   // the lane's first, and its first query
+      auto lane_query = [&] { return first_query + column_group * QUERY_COLUMNS + lane % 4 * 2; };
       float derivative[ROW_TILES][QUERY_COLUMNS / 8][4];   // SOFTCAP alone
-      score.template apply<true, ROW_TILES, QUERY_COLUMNS>(problem, p, lane_key, lane_query, derivative);
+      if constexpr (score.CHANGES) score.template apply<true, ROW_TILES, QUERY_COLUMNS>(problem, p, lane_key(), lane_query(), derivative);
 #pragma unroll
       for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
         u32 lse[2];
@@ -160,12 +164,12 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
           for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], __uint_as_float(lse[i % 2]));
       }
       // Some query does not see the first or the last key, or the last key or the last query takes no part.
-      if (first_query < block.visible.query_begin(block_key + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block_key))
-        block.visible.template hide_transposed<ROW_TILES, QUERY_COLUMNS>(p, lane_key, lane_query, 0.0f);
+      if (first_query < block.visible.query_begin(first_key() + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(first_key()))
+        block.visible.template hide_transposed<ROW_TILES, QUERY_COLUMNS>(p, lane_key(), lane_query(), 0.0f);
       // A probability that is dropped carries a minus sign from here on: it counts in dS, but not in dV.
       if constexpr ((OPTIONS & DROPOUT) != 0)
         Dropout{(u32)place.flat(problem), (u32)sequence.index}.drop<true, ROW_TILES, QUERY_COLUMNS>(
-            problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+            problem, lane_key(), lane_query(), [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
 
       float weights[ROW_TILES][QUERY_COLUMNS / 8][4];   // of dV
 #pragma unroll
