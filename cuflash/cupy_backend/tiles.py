@@ -36,24 +36,40 @@ def _arguments(*values):
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardTile:
-    """Template parameters of kernels/forward_sm80.cu."""
+class _Tile:
+    """Template parameters of a kernel; its file has its name. The names of the fields are those of the kernel."""
 
     warps: int
-    row_tiles: int  # 16-row tiles of queries a warp
-    key_tile: int
-    stages: int
-    blocks_per_sm: int
+    row_tiles: int  # 16-row tiles of queries (in BackwardTile of keys) a warp
 
-    file = "forward_sm80.cu"
+    @property
+    def file(self):
+        return f"{self.kernel}.cu"
 
     @property
     def threads(self):
         return self.warps * 32
 
+    def name(self, precision, dims, options):
+        """The C++ name of an instance."""
+        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self))}>"
+
+
+class _TileOfQueries(_Tile):
+    """Of a kernel whose blocks own queries."""
+
     @property
     def query_tile(self):
         return self.warps * self.row_tiles * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTile(_TileOfQueries):
+    key_tile: int
+    stages: int
+    blocks_per_sm: int
+
+    kernel = "forward_sm80"
 
     def shared_bytes(self, dims, size, bias_size=0):
         """With bias_size, the bytes of an element, bias tiles are staged too."""
@@ -61,17 +77,9 @@ class ForwardTile:
         staged = self.stages * self.query_tile * self.key_tile * bias_size
         return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size + staged
 
-    def name(self, precision, dims, options):
-        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.blocks_per_sm)
-        return f"forward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
-
 
 @dataclasses.dataclass(frozen=True)
-class BackwardTile:
-    """Template parameters of kernels/backward_sm80.cu."""
-
-    warps: int
-    row_tiles: int  # 16-row tiles of keys a warp
+class BackwardTile(_Tile):
     column_groups: int
     query_tile: int
     stages: int
@@ -80,11 +88,7 @@ class BackwardTile:
     blocks_per_sm: int
     query_gradient: bool = True  # False: dQ is always left to backward_query_sm80
 
-    file = "backward_sm80.cu"
-
-    @property
-    def threads(self):
-        return self.warps * 32
+    kernel = "backward_sm80"
 
     @property
     def key_tile(self):
@@ -97,63 +101,30 @@ class BackwardTile:
 
     def name(self, precision, dims, options, query_gradient):
         shape = (self.warps, self.row_tiles, self.column_groups, self.query_tile, self.stages, self.score_tiles, self.dq_row_tiles)
-        return f"backward_sm80<{_arguments(PRECISIONS[precision], *dims, options, *shape, query_gradient, self.blocks_per_sm)}>"
+        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *shape, query_gradient, self.blocks_per_sm)}>"
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardQueryTile:
-    """Template parameters of kernels/backward_query_sm80.cu."""
-
-    warps: int
-    row_tiles: int  # 16-row tiles of queries a warp
+class BackwardQueryTile(_TileOfQueries):
     key_tile: int
     stages: int
     blocks_per_sm: int
 
-    file = "backward_query_sm80.cu"
-
-    @property
-    def threads(self):
-        return self.warps * 32
-
-    @property
-    def query_tile(self):
-        return self.warps * self.row_tiles * 16
+    kernel = "backward_query_sm80"
 
     def shared_bytes(self, dims, size):
-        head_dim, value_dim = dims
-        return (self.query_tile + self.stages * self.key_tile) * (head_dim + value_dim) * size
-
-    def name(self, precision, dims, options):
-        parameters = (self.warps, self.row_tiles, self.key_tile, self.stages, self.blocks_per_sm)
-        return f"backward_query_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
+        return (self.query_tile + self.stages * self.key_tile) * sum(dims) * size
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardBiasTile:
-    """Template parameters of kernels/backward_bias_sm80.cu."""
-
-    warps: int
-    row_tiles: int  # 16-row tiles of queries a warp
+class BackwardBiasTile(_TileOfQueries):
     key_tile: int
     blocks_per_sm: int
 
-    file = "backward_bias_sm80.cu"
-
-    @property
-    def threads(self):
-        return self.warps * 32
-
-    @property
-    def query_tile(self):
-        return self.warps * self.row_tiles * 16
+    kernel = "backward_bias_sm80"
 
     def shared_bytes(self, dims, size):
         return (self.query_tile + self.key_tile) * sum(dims) * size
-
-    def name(self, precision, dims, options):
-        parameters = (self.warps, self.row_tiles, self.key_tile, self.blocks_per_sm)
-        return f"backward_bias_sm80<{_arguments(PRECISIONS[precision], *dims, options, *parameters)}>"
 
 
 # Kind of element -> head dims, or the larger of them, -> tiles in order of preference. The last of each row fits in 99 KiB, what the smallest of the GPUs
