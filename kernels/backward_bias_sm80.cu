@@ -132,7 +132,10 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
 #pragma unroll
         for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[m][n][i] += ds[m][n][i];
+          for (int i = 0; i < 4; ++i) {   // what takes no part may hold 0 · inf
+            const bool key = !(OPTIONS & LENGTHS) || n * 8 + lane % 4 * 2 + i % 2 < keys;
+            if (key && warp_row + m * 16 + i / 2 * 8 + lane / 4 < queries) sum[m][n][i] += ds[m][n][i];
+          }
     }
   }
 

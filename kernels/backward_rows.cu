@@ -79,9 +79,10 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
   if (row < 0 || row >= block.sequence.queries) return;
   const float* from = problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded + threadIdx.x / LANES) * HEAD_DIM;
   const i64 array_row = block.sequence.first_query + row;
+  const bool takes_part = row < block.sequence.seeing();   // else 0, whatever NaN of the others came by
   if (problem.partial) {
     float* to = place.rows<float>(problem.dq) + array_row * problem.dq.row_stride;
-    for (int column = lane; column < HEAD_DIM; column += LANES) to[column] = from[column] * problem.scale;
+    for (int column = lane; column < HEAD_DIM; column += LANES) to[column] = takes_part ? from[column] * problem.scale : 0.0f;
     return;
   }
   Element* to = place.rows<Element>(problem.dq) + array_row * problem.dq.row_stride;
@@ -90,7 +91,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
     __align__(16) Element x[PER_CHUNK];
 #pragma unroll
     for (int i = 0; i < PER_CHUNK; i += 4) {
-      const float4 y = *(const float4*)(from + column + i);
+      const float4 y = takes_part ? *(const float4*)(from + column + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       from_float(x[i], y.x * problem.scale), from_float(x[i + 1], y.y * problem.scale), from_float(x[i + 2], y.z * problem.scale), from_float(x[i + 3], y.w * problem.scale);
     }
     if (whole) {

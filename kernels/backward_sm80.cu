@@ -282,6 +282,18 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   cp_async_wait<0>();
   __syncthreads();
   const Block block(problem, block_index_again());
+  if constexpr ((OPTIONS & LENGTHS) != 0) {   // a key that takes no part gets 0, whatever NaN of the others came by
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (block.first_key + key_row + m * 16 + half * 8 + lane / 4 < block.sequence.seen()) continue;
+#pragma unroll
+        for (int n = 0; n < HEAD_COLUMNS / 8; ++n) dk[m][n][2 * half] = dk[m][n][2 * half + 1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < VALUE_COLUMNS / 8; ++n) dv[m][n][2 * half] = dv[m][n][2 * half + 1] = 0.0f;
+      }
+  }
   const int first_row = block.sequence.first_key + block.first_key, end_row = block.sequence.first_key + block.sequence.keys;
   Place target = block.place;
   if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head

@@ -34,8 +34,8 @@ template <int OPTIONS> struct Sequence {
       bounds(problem.cu_k, problem.keys, first_key, keys);
     }
     if constexpr ((OPTIONS & LENGTHS) != 0) {
-      taking_part[0] = problem.q_lengths.data ? (int)min(max(*place.rows<i64>(problem.q_lengths) - first_query, 0ll), (i64)queries) : queries;
-      taking_part[1] = problem.kv_lengths.data ? (int)min(max(*place.rows<i64>(problem.kv_lengths) - first_key, 0ll), (i64)keys) : keys;
+      taking_part[0] = problem.q_lengths.data ? (int)min(max(max(*place.rows<i64>(problem.q_lengths), 0ll) - first_query, 0ll), (i64)queries) : queries;
+      taking_part[1] = problem.kv_lengths.data ? (int)min(max(max(*place.rows<i64>(problem.kv_lengths), 0ll) - first_key, 0ll), (i64)keys) : keys;
     }
   }
 

@@ -166,3 +166,15 @@ def test_padding_is_not_computed(blas_threads):
     whole = seconds({})
     assert 5 * seconds({"kv_lengths": 128}) < whole
     assert 5 * seconds({"q_lengths": 128}) < whole
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nan_that_takes_part_stays_with_those_that_do(arrays, deterministic):
+    """Gradients beyond the lengths are 0 though the tile that they share holds NaN."""
+    q, k, v = arrays.qkv(64, 70, 64, lead=(2,))
+    dout, options = arrays.normal(*q.shape), {"q_lengths": 10, "kv_lengths": 20, "bias": arrays.normal(64, 70), "deterministic": deterministic}
+    out, lse = cuflash.attention_forward(q, k, v, **options, **arrays.options)
+    for poisoned in (v, dout):
+        poisoned[:, 0] = numpy.nan
+        dq, dk, dv, dbias = cuflash.attention_backward(dout, q, k, v, out, lse, **options, **arrays.options)
+        assert not any(to_numpy(beyond).any() for beyond in (dq[:, 10:], dk[:, 20:], dv[:, 20:], dbias[10:], dbias[:, 20:]))

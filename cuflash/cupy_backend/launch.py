@@ -40,6 +40,7 @@ MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 MAX_SPLITS = 64  # parts of dbias
+LARGEST = float(numpy.finfo(numpy.float32).max)
 SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels that flush subnormals would multiply scores by 0
 
 
@@ -133,9 +134,13 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "score_unit": unit,
         "score_unit_log2": unit / math.log(2),
         "inverse_unit": 1 / unit,
-        "softcap_scale": problem.scale / problem.softcap if problem.softcap else 0.0,
+        "softcap_scale": max(-LARGEST, min(LARGEST, problem.scale / problem.softcap)) if problem.softcap else 0.0,
     }
-    for name, value in (values | numbers).items():
+    values |= numbers
+    for name in ("grid_places", "padded_queries"):
+        if values.get(name, 0) >= 2**31:
+            raise ValueError(f"the call has {values[name]} {name.replace('_', ' ')}; allowed on a GPU: fewer than 2**31. Split the batch")
+    for name, value in values.items():
         record[name] = value
     return record.tobytes()
 
@@ -253,8 +258,8 @@ class BackwardPlan:
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
-        # Sums of dQ lie in padded rows: the host takes them from there, but where sequences are padded one by one.
-        self.finishes = not self.separate_dq and (not self.query_parts or problem.sequences)
+        # Sums of dQ lie in padded rows: the host takes them from there, but where sequences are padded one by one or rows take no part.
+        self.finishes = not self.separate_dq and (not self.query_parts or problem.sequences or problem.q_lengths is not None)
         parts = {}
         if self.key_parts:
             self.dk_shape, self.dv_shape = ((*problem.batch, self.blocks_of_heads, problem.key_length, dim) for dim in dims)
