@@ -200,13 +200,10 @@ def sum_to(array, shape):
 
 
 def row_spread(errors, shape):
-    """Twice the root of the sum of squares, over the rows that go into one element of `shape`, of what all keys of a row add to it; the largest.
-
-    Twice the standard deviation is what such a sum stays below 19 times in 20, and a maximum over several such sums about every time.
-    """
+    """Root of the sum of squares, over the rows that go into one element of `shape`, of what all keys of a row add to it; the largest."""
     if len(shape) == 0 or shape[-1] == 1:
         errors = errors.sum(-1, keepdims=True)
-    return 2 * numpy.sqrt(sum_to(errors**2, shape)).max(initial=0.0)
+    return numpy.sqrt(sum_to(errors**2, shape)).max(initial=0.0)
 
 
 def is_array(value):
