@@ -10,33 +10,24 @@ import ml_dtypes
 import numpy as np
 
 import cuflash
+from bench.measure import Contender, event_seconds
 
 TOKENS, WIDTH, LENGTH, WINDOW = 16384, 2048, 4096, 1024
 LENGTHS = (512, 1024, 1536, 2048, 2048, 2560, 3072, 3584)
 
 
-def seconds(cp, call, target=0.03, rounds=5):
+def seconds(call, rounds=5):
     """The median over rounds of one call's time on the GPU."""
-    start, stop = cp.cuda.Event(), cp.cuda.Event()
-
-    def measure(times):
-        start.record()
-        for _ in range(times):
-            call()
-        stop.record()
-        stop.synchronize()
-        return cp.cuda.get_elapsed_time(start, stop) / 1e3 / times
-
-    call()
-    times = max(1, round(target / rounds / measure(1)))
-    return statistics.median(measure(times) for _ in range(rounds))
+    contender = Contender(call, event_seconds)
+    contender.warm_up()
+    return statistics.median(contender.time(contender.calls) / contender.calls for _ in range(rounds))
 
 
-def forward_and_backward(cp, arrays, options):
+def forward_and_backward(arrays, options):
     dout, q, k, v = arrays
     out, lse = cuflash.attention_forward(q, k, v, **options)
-    forward = seconds(cp, lambda: cuflash.attention_forward(q, k, v, **options))
-    return forward, seconds(cp, lambda: cuflash.attention_backward(dout, q, k, v, out, lse, **options))
+    forward = seconds(lambda: cuflash.attention_forward(q, k, v, **options))
+    return forward, seconds(lambda: cuflash.attention_backward(dout, q, k, v, out, lse, **options))
 
 
 def main():
@@ -57,7 +48,7 @@ def main():
         heads = WIDTH // head_dim
         print(f"head dim {head_dim}, {heads} heads, {TOKENS // LENGTH} x {LENGTH} steps, full")
         arrays = [normal(TOKENS // LENGTH, heads, LENGTH, head_dim) for _ in range(4)]
-        base = forward_and_backward(cp, arrays, {})
+        base = forward_and_backward(arrays, {})
         show("no option", base, base)
         slopes = cp.exp2(-8 * cp.arange(1, heads + 1, dtype=np.float32) / heads)
         for name, options in {
@@ -69,23 +60,23 @@ def main():
             "sinks": {"sinks": cp.zeros(heads, np.float32)},
             "dropout 0.1": {"dropout": 0.1, "seed": 1},
         }.items():
-            show(name, forward_and_backward(cp, arrays, options), base)
+            show(name, forward_and_backward(arrays, options), base)
 
         arrays = [normal(1, heads, TOKENS, head_dim) for _ in range(4)]
-        base = forward_and_backward(cp, arrays, {})
+        base = forward_and_backward(arrays, {})
         print(f"1 x {TOKENS} steps")
         show("no option", base, base)
-        show(f"window ({WINDOW}, {WINDOW})", forward_and_backward(cp, arrays, {"window": WINDOW}), base)
-        show(f"window ({WINDOW}, 0)", forward_and_backward(cp, arrays, {"window": (WINDOW, 0)}), base)
+        show(f"window ({WINDOW}, {WINDOW})", forward_and_backward(arrays, {"window": WINDOW}), base)
+        show(f"window ({WINDOW}, 0)", forward_and_backward(arrays, {"window": (WINDOW, 0)}), base)
         for causal in (False, True):
             alone = [0.0, 0.0]
             for length in LENGTHS:
                 copies = TOKENS // length
                 batch = [normal(copies, heads, length, head_dim) for _ in range(4)]
-                for index, time in enumerate(forward_and_backward(cp, batch, {"causal": causal})):
+                for index, time in enumerate(forward_and_backward(batch, {"causal": causal})):
                     alone[index] += time / copies
             offsets = cp.asarray(np.cumsum((0, *LENGTHS)), np.int32)
-            packed = forward_and_backward(cp, [array[0] for array in arrays], {"cu_seqlens": (offsets, offsets), "causal": causal})
+            packed = forward_and_backward([array[0] for array in arrays], {"cu_seqlens": (offsets, offsets), "causal": causal})
             show(f"packed, {len(LENGTHS)} uneven{', causal' * causal}", packed, alone)
 
 

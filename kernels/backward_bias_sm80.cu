@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
 
   // The block's part of dBias: slots of rows, or, with one row, of columns; and with both, a tile of columns.
   const bool rows = problem.dbias.row_stride != 0, columns = problem.dbias.column_stride != 0;
-  const int query_slots = QueryBlock<OPTIONS, QUERY_TILE>::slots(problem), key_slots = OPTIONS & PACKED ? problem.keys / KEY_TILE + problem.sequences : ceil_div(problem.keys, KEY_TILE);
+  const int query_slots = QueryBlock<OPTIONS, QUERY_TILE>::slots(problem), key_slots = tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE);
   const u32 column_tiles = rows && columns ? ceil_div(problem.keys, KEY_TILE) : 1, slots = rows ? query_slots : columns ? key_slots : 1;
   u32 index = blockIdx.x;
   const int split = index % problem.splits;
@@ -74,16 +74,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
   const int slot = index % slots;
   index /= slots;   // which (batch, head) of the bias
 
-  auto tile_of = [&](const int* offsets, int total, int tile_rows, int slot) {
-    return OPTIONS & PACKED ? TileOfSequence(offsets, problem.sequences, total, tile_rows, slot) : TileOfSequence(slot);
-  };
   SharingPlaces sharing(problem);
   sharing.move_to(problem, index, 0);
   const Place first_place = sharing.place;
   int query_tiles = rows ? 1 : query_slots;   // how many the block walks over
-  TileOfSequence at = rows ? tile_of(problem.cu_q, problem.queries, QUERY_TILE, slot) : TileOfSequence(0);
+  TileOfSequence at = rows ? tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, QUERY_TILE, slot) : TileOfSequence(0);
   if (!rows && columns) {
-    at = tile_of(problem.cu_k, problem.keys, KEY_TILE, slot);
+    at = tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, slot);
     column_tile = at.tile;
     query_tiles = ceil_div(Sequence<OPTIONS>(problem, first_place, at.sequence).queries, QUERY_TILE);
   }
@@ -99,7 +96,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
     const int walked = step % query_tiles;
     TileOfSequence here(0);
     here.sequence = at.sequence, here.tile = rows ? at.tile : walked;
-    if (!rows && !columns) here = tile_of(problem.cu_q, problem.queries, QUERY_TILE, walked);
+    if (!rows && !columns) here = tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, QUERY_TILE, walked);
     const Sequence<OPTIONS> sequence(problem, place, here.sequence);
     const int first_query = here.tile * QUERY_TILE, queries = sequence.seeing() - first_query;
     if (here.tile < 0 || queries <= 0) continue;

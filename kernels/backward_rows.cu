@@ -18,12 +18,8 @@ template <int OPTIONS> struct RowBlock {
   int first;
 
   __device__ __forceinline__ RowBlock(const Problem& problem)
-      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(slot_of(problem, padded)),
+      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
-  static __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem, int padded) {
-    if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(problem.cu_q, problem.sequences, problem.queries, problem.padding, padded / problem.padding);
-    return TileOfSequence(0);
-  }
 };
 
 template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
@@ -60,7 +56,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
     const float lse = exists ? place.rows<float>(problem.lse)[array_row * problem.lse.row_stride] : -infinity();
     const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
     if (finite && problem.dlse.data) sum -= place.rows<float>(problem.dlse)[array_row * problem.dlse.row_stride];
-    problem.row_lse[at] = sees ? Exponential<PRECISION, 0>::shift_of_lse(lse) : infinity();
+    problem.row_lse[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : infinity();
     problem.row_d[at] = sees ? sum : 0.0f;
     if constexpr ((OPTIONS & SINKS) != 0) problem.row_sink[at] = finite ? expf(*place.rows<float>(problem.sinks) - lse) * sum : 0.0f;
   }

@@ -44,14 +44,8 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   int first_key;                 // of the sequence
   int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
 
-  static __device__ __forceinline__ int slots(const Problem& problem) { return OPTIONS & PACKED ? problem.keys / KEY_TILE + problem.sequences : ceil_div(problem.keys, KEY_TILE); }
-  static __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem, int tile) {
-    if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(problem.cu_k, problem.sequences, problem.keys, KEY_TILE, tile);
-    return TileOfSequence(tile);
-  }
-
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, slots(problem)), place(problem, schedule.place, problem.grid_heads), slot(slot_of(problem, schedule.tile)), sequence(problem, place, slot.sequence),
+      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     place.head *= problem.heads_per_block;
     const int first_query = visible.query_begin(first_key);
@@ -88,7 +82,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
     load_tile<Tiles::THREADS>(typename Tiles::V{base + Tiles::K::BYTES}, place.rows<Element>(problem.v) + first_row * problem.v.row_stride, problem.v.row_stride, keys, problem.v.columns);
   }
 
-  using Exp = Exponential<PRECISION, OPTIONS>;
+  using Exp = Exponential<PRECISION>;
   const Exp exponential(problem);
   float dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
 
@@ -165,7 +159,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       }
       // Some query does not see the first or the last key, or the last key or the last query takes no part.
       if (first_query < block.visible.query_begin(first_key() + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(first_key()))
-        block.visible.template hide_transposed<ROW_TILES, QUERY_COLUMNS>(p, lane_key(), lane_query(), 0.0f);
+        block.visible.template hide<true, ROW_TILES, QUERY_COLUMNS>(p, lane_key(), lane_query(), 0.0f);
       // A probability that is dropped carries a minus sign from here on: it counts in dS, but not in dV.
       if constexpr ((OPTIONS & DROPOUT) != 0)
         Dropout{(u32)place.flat(problem), (u32)sequence.index}.drop<true, ROW_TILES, QUERY_COLUMNS>(

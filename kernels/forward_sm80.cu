@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) load_stage(key_tiles.begin + stage);   // Q travels with the first group
 
-  using Exp = Exponential<PRECISION, OPTIONS>;
+  using Exp = Exponential<PRECISION>;
   const Exp exponential(problem);
   float output[ROW_TILES][VALUE_DIM / 8][4] = {};
   OnlineSoftmax<KEY_TILE> softmax[ROW_TILES];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
     } else if constexpr (score.CHANGES) {
       score.template apply<false, ROW_TILES, KEY_TILE>(problem, scores, lane_row(), lane_column);
     }
-    if (key_tiles.need_mask(tile)) visible.template hide<ROW_TILES, KEY_TILE>(scores, lane_row(), lane_column, -infinity());
+    if (key_tiles.need_mask(tile)) visible.template hide<false, ROW_TILES, KEY_TILE>(scores, lane_row(), lane_column, -infinity());
 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)

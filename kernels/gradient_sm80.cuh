@@ -18,7 +18,7 @@ __device__ __forceinline__ void gradient_of_products(const Problem& problem, flo
                                                      const Score<PRECISION, OPTIONS>& score, const Visible<OPTIONS>& visible, bool need_mask, const Dropout& dropout,
                                                      const float (&lse)[ROW_TILES][2], const float (&d)[ROW_TILES][2], int first_query, int warp_row, int first_key, int lane) {
   constexpr int KEY_TILE = GROUPS * 8, K_STEP = 32 / (int)sizeof(typename Q::Element), HEAD_DIM = Q::COLUMNS, VALUE_DIM = DO::COLUMNS;
-  const Exponential<PRECISION, OPTIONS> exponential(problem);
+  const Exponential<PRECISION> exponential(problem);
   float p[ROW_TILES][KEY_TILE / 8][4] = {};
   {
     const RowsOfA<Q> q_rows(q_tile, lane);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void gradient_of_products(const Problem& problem, flo
     for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], lse[m][i / 2]) * (OF_PRODUCT && OPTIONS & SOFTCAP ? derivative[m][n][i] : 1.0f);
-  if (need_mask) visible.template hide<ROW_TILES, KEY_TILE>(p, lane_row, lane_column, 0.0f);
+  if (need_mask) visible.template hide<false, ROW_TILES, KEY_TILE>(p, lane_row, lane_column, 0.0f);
   if constexpr ((OPTIONS & DROPOUT) != 0)
     dropout.drop<false, ROW_TILES, KEY_TILE>(
         problem, lane_row, lane_column, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });

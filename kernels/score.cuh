@@ -78,6 +78,15 @@ struct TileOfSequence {
   static __device__ __forceinline__ int first_slot(const int* offsets, int s, int total, int tile_rows) { return min(max(offsets[s], 0), total) / tile_rows + s; }
 };
 
+// How many slots the tiles of `total` queries or keys take, and which tile a slot holds; without PACKED a slot is a tile.
+template <int OPTIONS> __device__ __forceinline__ int tile_slots(const Problem& problem, int total, int tile_rows) {
+  return OPTIONS & PACKED ? total / tile_rows + problem.sequences : ceil_div(total, tile_rows);
+}
+template <int OPTIONS> __device__ __forceinline__ TileOfSequence tile_of_slot(const Problem& problem, const int* offsets, int total, int tile_rows, int slot) {
+  if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(offsets, problem.sequences, total, tile_rows, slot);
+  return TileOfSequence(slot);
+}
+
 // The keys that a query sees are an interval whose two ends never move back from one query to the next; so are the queries that see a key.
 // Whole tiles outside are skipped, tiles inside need no mask, and only the tiles between pay for one.
 template <int OPTIONS> struct Visible {
@@ -97,41 +106,26 @@ template <int OPTIONS> struct Visible {
   __device__ __forceinline__ int key_begin(int row) const { return OPTIONS & WINDOW ? min(max(row + first, 0), keys) : 0; }
   __device__ __forceinline__ int key_end(int row) const { return OPTIONS & LENGTHS && row >= queries ? 0 : min(max(row + last, 0), keys); }
 
-  // Elements of a lane's fragments of scores that a query does not see become `hidden`; row and column are the lane's first ones.
-  template <int ROW_TILES, int COLUMNS> __device__ __forceinline__ void hide(float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float hidden) const {
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = row + m * 16 + half * 8, end = key_end(at) - column, begin = min(key_begin(at) - column, end);
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const bool outside = OPTIONS & WINDOW ? (u32)(n * 8 + i - begin) >= (u32)(end - begin) : n * 8 + i >= end;
-            if (outside) d[m][n][2 * half + i] = hidden;
-          }
-      }
-  }
+  // Key `column` is seen by the queries [query_begin(column), query_end(column)), if there are any; a key that does not exist by none.
+  __device__ __forceinline__ int query_begin(int column) const { return column >= keys ? queries : min(max(column - last + 1, 0), queries); }
+  __device__ __forceinline__ int query_end(int column) const { return OPTIONS & WINDOW ? min(max(column - first + 1, 0), queries) : queries; }
 
-  // The same for transposed scores, whose rows are keys.
-  template <int ROW_TILES, int COLUMNS> __device__ __forceinline__ void hide_transposed(float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float hidden) const {
+  // Elements of a lane's fragments of scores that a query does not see become `hidden`; row and column are the lane's first ones. Rows are queries, or keys
+  // if TRANSPOSED.
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void hide(float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float hidden) const {
+    constexpr bool BEGINS = TRANSPOSED || (OPTIONS & WINDOW) != 0;   // else what a row sees starts at 0
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int at = row + m * 16 + half * 8, end = query_end(at) - column, begin = min(query_begin(at) - column, end);
+        const int at = row + m * 16 + half * 8, end = (TRANSPOSED ? query_end(at) : key_end(at)) - column, begin = min((TRANSPOSED ? query_begin(at) : key_begin(at)) - column, end);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if ((u32)(n * 8 + i - begin) >= (u32)(end - begin)) d[m][n][2 * half + i] = hidden;
+            if (BEGINS ? (u32)(n * 8 + i - begin) >= (u32)(end - begin) : n * 8 + i >= end) d[m][n][2 * half + i] = hidden;
       }
   }
-
-  // Key `column` is seen by the queries [query_begin(column), query_end(column)), if there are any; a key that does not exist by none.
-  __device__ __forceinline__ int query_begin(int column) const { return column >= keys ? queries : min(max(column - last + 1, 0), queries); }
-  __device__ __forceinline__ int query_end(int column) const { return OPTIONS & WINDOW ? min(max(column - first + 1, 0), queries) : queries; }
 };
 
 // The key tiles [begin, end) that some query of a block sees; all of its queries see all keys of the tiles [whole_begin, whole_end).
@@ -149,8 +143,7 @@ template <int OPTIONS, int KEY_TILE> struct KeyTiles {
   __device__ __forceinline__ bool need_mask(int tile) const { return tile >= whole_end || (OPTIONS & WINDOW && tile < whole_begin); }
 };
 
-// Which queries a block owns, and which key tiles any of them sees; `tile` is of TILE queries. Worked out anew where it is needed, rather than kept in
-// registers.
+// Which queries a block owns. It is worked out anew where it is needed, rather than kept in registers.
 template <int OPTIONS, int TILE> struct QueryBlock {
   Schedule schedule;
   Place place;
@@ -158,7 +151,7 @@ template <int OPTIONS, int TILE> struct QueryBlock {
   Sequence<OPTIONS> sequence;
   int first_query;   // of the sequence
 
-  static __device__ __forceinline__ int slots(const Problem& problem) { return OPTIONS & PACKED ? problem.queries / TILE + problem.sequences : ceil_div(problem.queries, TILE); }
+  static __device__ __forceinline__ int slots(const Problem& problem) { return tile_slots<OPTIONS>(problem, problem.queries, TILE); }
 
   __device__ __forceinline__ QueryBlock(const Problem& problem, u32 block)
       : schedule(problem, block, slots(problem)), place(problem, schedule.place, problem.grid_heads), slot(slot_of(problem, schedule.tile)), sequence(problem, place, slot.sequence),
@@ -166,8 +159,7 @@ template <int OPTIONS, int TILE> struct QueryBlock {
 
   static __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem, int tile) {
     if (problem.last_first) tile = slots(problem) - 1 - tile;   // the last queries see most keys
-    if constexpr ((OPTIONS & PACKED) != 0) return TileOfSequence(problem.cu_q, problem.sequences, problem.queries, TILE, tile);
-    return TileOfSequence(tile);
+    return tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, TILE, tile);
   }
 
   // An empty slot has no queries.
@@ -178,7 +170,7 @@ template <int OPTIONS, int TILE> struct QueryBlock {
 // P = exp(factor · x - shift), where a row's shift is its maximum, or its lse. x is what Score makes of a product; bias and ALiBi are added to it in its
 // own unit, which saves a multiplication. The 16-bit and tf32 kernels work in exponents of 2, one more multiplication less, with shifts in units of ln 2.
 // FLOAT32 keeps natural units: then a shift is never rounded by a factor, and P errs by an exponent near 0, not by a shift that may be large.
-template <int PRECISION, int OPTIONS> struct Exponential {
+template <int PRECISION> struct Exponential {
   static constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.69314718055994531f, UNIT = PRECISION == FLOAT32 ? 1.0f : LOG2_E;
   float factor;   // positive: from scores to exponents
 

@@ -48,7 +48,7 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
         if nothing or problem.sequences:  # see forward
             for gradient in (dq, dk, dv):
                 gradient.fill(0)
-        dbias = None if problem.bias is None else (cupy.zeros if nothing else cupy.empty)(problem.bias.shape, problem.bias.dtype)
+        dbias = None if problem.bias is None else (cupy.zeros if nothing or problem.sequences else cupy.empty)(problem.bias.shape, problem.bias.dtype)
         dsinks = None if problem.sinks is None else cupy.zeros(problem.sinks.shape, problem.sinks.dtype)
         if not nothing or (lse.size and dsinks is not None):
             q, k, v, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("dout", dout)
@@ -98,8 +98,6 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         _sum_parts(key_parts[1][..., : problem.value_dim], dv, 1.0)
     if plan.bias is not None:
         bias_parts = parts(plan.bias_shape, cupy.float32) if plan.bias_parts else dbias
-        if problem.sequences:
-            bias_parts.fill(0)
         plan.bias(words | {"dbias": bias_parts.data.ptr})
         if plan.bias_parts:
             dbias[...] = bias_parts.sum(axis=0)

@@ -114,7 +114,6 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
     for name, strides in batch_strides.items():
         record[name]["batch_stride"] = strides
     unit = problem.softcap or (1.0 if scales_first(problem) else problem.scale)
-    bounded = problem.right is not None or problem.left is not None
     values = {
         "heads": problem.heads,
         "grid_heads": problem.heads,
@@ -126,8 +125,8 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "aligned_ends": problem.offset is None,
         "left": NO_BOUND if problem.left is None else problem.left,
         "right": NO_BOUND if problem.right is None else problem.right,
-        "bounded": bounded,
-        "last_first": problem.right is not None and problem.left is None,
+        "bounded": problem.right is not None or problem.left is not None,
+        "last_first": last_first(problem),
         "keep_threshold": problem.keep % 65536 << 16,
         "keep_inverse": 65536 / problem.keep,
         "scale": problem.scale,
@@ -165,9 +164,14 @@ def _merge(batch, strides):
     return (1,) * missing + tuple(sizes), {name: (0,) * missing + tuple(values) for name, values in kept.items()}
 
 
+def last_first(problem):
+    """Whether tiles are uneven in that the last queries see most keys."""
+    return problem.right is not None and problem.left is None
+
+
 def sweep(problem, head_bytes, places):
-    """How many of the grid's heads are swept together: only bounded calls have uneven tiles, and their common operands should fit in L2."""
-    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if problem.right is not None and problem.left is None else 1
+    """How many of the grid's heads are swept together: only where tiles are uneven, and their common operands should fit in L2."""
+    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if last_first(problem) else 1
 
 
 def slots(problem, length, tile):
@@ -233,8 +237,9 @@ class BackwardPlan:
         self.dims = dims = tiles.head_dims(problem.head_dim, problem.value_dim)
         precision, device = problem.precision, problem.device
         size, limit = tiles.element_bytes(precision), shared_limit(device)
-        row_options = options_of(problem) & (tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
-        options = options_of(problem) & ~tiles.SINKS  # the lse holds them already
+        options = options_of(problem)
+        row_options = options & (tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
+        options &= ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
 
         main = tiles.choose(tiles.backward_table(options), precision, dims, limit)
