@@ -26,7 +26,7 @@ from cuflash.cupy_backend import launch, modules, tiles  # noqa: E402
 # Shared memory that a block can have, in bytes. sm_86 stands for sm_89 and sm_120 too, which have as much.
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
 SMALLEST_LIMIT = min(SHARED_LIMITS.values())
-FEW_BYTES = 48  # of a thread that has 1,020 in registers
+FEW_BYTES = 40  # of a thread that has 1,020 in registers
 
 
 def choices():
@@ -105,11 +105,12 @@ WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("options", [WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS])
 def test_instances_with_options(options, precision, dims):
-    """Few of the thousands of combinations. A handful of registers may be kept in memory here, no more: the tiles were chosen for the calls without options."""
+    """Few of the thousands of combinations. Only backward tiles of 16 bits at 64 and 128, chosen for calls without options, keep a few registers in memory."""
     for file, names in names_of(options, "sm_90", precision, dims).items():
+        allowed = FEW_BYTES if (file, precision, dims[0] <= 128) == ("backward_sm80.cu", "bfloat16", True) else 0
         for spill in spills(file, names, "sm_90"):
             stored = re.search(r"(\d+) bytes spill stores", spill)
-            assert stored and int(stored[1]) <= FEW_BYTES, spill
+            assert stored and int(stored[1]) <= allowed, spill
 
 
 @pytest.mark.parametrize("architecture", SHARED_LIMITS)
