@@ -10,9 +10,7 @@
 // O is staged over all of it at the end.
 // Order of waits: a stage's copies have arrived (cp.async.wait_group, then __syncthreads, which also says that every warp is done with the stage before);
 // then the copies of the tile STAGES - 1 ahead are issued into that freed stage, and only then does the arithmetic on this stage begin.
-#include "product_sm80.cuh"
-#include "score.cuh"
-#include "softmax.cuh"
+#include "forward_rows.cuh"
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES> struct ForwardTiles {
   using Element = typename ElementOf<PRECISION>::type;
@@ -148,31 +146,9 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
   const typename Tiles::O o_tile{base};
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
-    float inverse[2], lse[2];
-    softmax[m].finish(exponential, inverse, lse);
-    if constexpr ((OPTIONS & SINKS) != 0) {
-      const float sink = *target.rows<float>(problem.sinks);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)   // not rounded by a change of units and back
-        if (softmax[m].shift[half] == Exp::shift_of_lse(sink) && sink != -infinity()) lse[half] = sink - logf(inverse[half]);
-    }
-    if constexpr ((OPTIONS & (LENGTHS | DROPOUT)) != 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (OPTIONS & DROPOUT) inverse[half] *= problem.keep_inverse;
-        if (again.first_query + warp * Tiles::WARP_ROWS + m * 16 + half * 8 + lane / 4 < again.sequence.seeing()) continue;
-        // A query that takes no part sees nothing, not even a NaN of the others.
-        lse[half] = OPTIONS & SINKS ? *target.rows<float>(problem.sinks) : -infinity();
-#pragma unroll
-        for (int n = 0; n < VALUE_DIM / 8; ++n) output[m][n][2 * half] = output[m][n][2 * half + 1] = 0.0f;
-        inverse[half] = 0.0f;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < VALUE_DIM / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) output[m][n][i] *= inverse[i / 2];
     const int row = warp * Tiles::WARP_ROWS + m * 16;
+    float lse[2];
+    finish_rows<OPTIONS>(problem, target, softmax[m], exponential, again.first_query + row + lane / 4, again.sequence.seeing(), output[m], lse);
     store_accumulators<PRECISION, VALUE_DIM>(o_tile, row, 0, lane, output[m]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

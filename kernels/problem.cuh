@@ -27,6 +27,7 @@ struct Problem {
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
+  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
   const int* cu_k;
   unsigned long long seed;      // dropout

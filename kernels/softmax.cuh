@@ -5,8 +5,13 @@
 // The shift of a row may lag behind its true maximum by this much: probabilities then reach exp(8) at most, far inside every type's range, the sums stay
 // exact in float32, and the output is rescaled only in the few tiles that raise the maximum a lot.
 constexpr float RESCALE_THRESHOLD = 8.0f;
+// What the probabilities of one lane, row and tile may add up to before the shift has to move: a quarter of float16's range, and more than they can
+// while the shift lags by RESCALE_THRESHOLD.
+constexpr float LARGEST_SUM = 16384.0f;
 
-template <int COLUMNS> struct OnlineSoftmax {
+// CUBIC of eight exponentials are made by exp2_cubic: the unit for exponentials gives 16 a clock and multiprocessor, and where it is what a kernel waits
+// for, the FMA units can take a part (FlashAttention-4, Zadouri et al. 2026, section 3.1).
+template <int COLUMNS, int CUBIC = 0> struct OnlineSoftmax {
   float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
 
@@ -16,48 +21,83 @@ template <int COLUMNS> struct OnlineSoftmax {
     for (int row = 0; row < 2; ++row) shift[row] = sink, sum[row] = lane % 4 == 0 && sink != -infinity() ? 1.0f : 0.0f;
   }
 
-  // Scores become probabilities exponential(score, shift); `rescale(row, ratio)` is called for both rows where a shift moved.
-  template <typename Exponential, typename Rescale>
-  __device__ __forceinline__ void step(float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
+  // Raises the shifts where the scores need it; `rescale(row, ratio)` is called for both rows where a shift moved.
+  template <typename Exponential, typename Rescale> __device__ __forceinline__ void raise(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
     float maximum[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float m = fmaxf(scores[0][2 * row], scores[0][2 * row + 1]);
+      float chain[2];   // two at a time: one waits for itself
 #pragma unroll
-      for (int n = 1; n < COLUMNS / 8; ++n) m = fmaxf(m, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
+      for (int n = 0; n < COLUMNS / 8; ++n) {
+        const float pair = fmaxf(scores[n][2 * row], scores[n][2 * row + 1]);
+        chain[n % 2] = n < 2 ? pair : fmaxf(chain[n % 2], pair);
+      }
+      float m = fmaxf(chain[0], chain[1]);
       m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
       maximum[row] = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2)) * exponential.factor;
     }
     // From nothing seen so far (-inf) every score moves it; -inf and NaN move nothing, and a NaN then shows in the sum.
     const bool moved = maximum[0] - shift[0] > RESCALE_THRESHOLD || maximum[1] - shift[1] > RESCALE_THRESHOLD;
-    if (__any_sync(0xffffffff, moved)) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float next = fmaxf(shift[row], maximum[row]);
-        const float ratio = next == -infinity() ? 1.0f : Exponential::of(shift[row] - next);
-        shift[row] = next;
-        sum[row] *= ratio;
-        rescale(row, ratio);
-      }
-    }
+    if (!__any_sync(0xffffffff, moved)) return;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float finite = shift[row] == -infinity() ? 0.0f : shift[row];
-      float tile_sum = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
-#pragma unroll
-      for (int n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float p = exponential(scores[n][2 * row + i], finite);
-          scores[n][2 * row + i] = p;
-          tile_sum += p;
-        }
-      sum[row] += tile_sum;
+      const float next = fmaxf(shift[row], maximum[row]);
+      const float ratio = next == -infinity() ? 1.0f : Exponential::of(shift[row] - next);
+      shift[row] = next;
+      sum[row] *= ratio;
+      rescale(row, ratio);
     }
   }
 
+  // exponential(score, shift) of two rows: `keep(n, row, p)` is given each pair of neighbours, tile_sum what they add up to.
+  template <typename Exponential, typename Keep>
+  __device__ __forceinline__ void exponentials(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, const float (&against)[2], float (&tile_sum)[2], Keep keep) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      tile_sum[row] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
+#pragma unroll
+      for (int n = 0; n < COLUMNS / 8; ++n) {
+        float p[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool cubic = (2 * n + i + 1) * CUBIC % 8 < CUBIC;   // spread evenly
+          p[i] = cubic ? exponential.cubic(scores[n][2 * row + i], against[row]) : exponential(scores[n][2 * row + i], against[row]);
+          tile_sum[row] += p[i];
+        }
+        keep(n, row, p);
+      }
+    }
+  }
+
+  // Probabilities of a tile, against shifts that raise() has seen to.
+  template <typename Exponential, typename Keep> __device__ __forceinline__ void take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    const float against[2] = {shift[0] == -infinity() ? 0.0f : shift[0], shift[1] == -infinity() ? 0.0f : shift[1]};
+    float tile_sum[2];
+    exponentials(scores, exponential, against, tile_sum, keep);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
+  }
+
+  // The same without raise(), whose maximum costs half as much as all exponentials: their sum tells whether one was too large. Then nothing is taken, and
+  // the answer is false. A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
+  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    const float against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
+    float tile_sum[2];
+    exponentials(scores, exponential, against, tile_sum, keep);
+    if (__any_sync(0xffffffff, tile_sum[0] > LARGEST_SUM || tile_sum[1] > LARGEST_SUM)) return false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
+    return true;
+  }
+
+  // Scores become probabilities, in place.
+  template <typename Exponential, typename Rescale> __device__ __forceinline__ void step(float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
+    raise(scores, exponential, rescale);
+    take(scores, exponential, [&](int n, int row, const float (&p)[2]) { scores[n][2 * row] = p[0], scores[n][2 * row + 1] = p[1]; });
+  }
+
   // After the last tile: 1 / sum (0 for a row that saw nothing), and the natural log of the softmax denominator.
-  template <typename Exponential> __device__ __forceinline__ void finish(const Exponential&, float (&inverse)[2], float (&lse)[2]) {
+  template <typename Exponential> __device__ __forceinline__ void finish(const Exponential&, float (&inverse)[2], float (&lse)[2]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float total = sum[row] + __shfl_xor_sync(0xffffffff, sum[row], 1);

@@ -70,6 +70,18 @@ def seed(request):
 
 
 @pytest.fixture
+def no_plans():
+    """The plans of GPU calls: they are made anew in this test, and none of them stays."""
+    from cuflash import cupy_backend, repeat
+
+    for kept in (cupy_backend._plans, repeat._calls):
+        kept.clear()
+    yield cupy_backend._plans
+    for kept in (cupy_backend._plans, repeat._calls):
+        kept.clear()
+
+
+@pytest.fixture
 def blas_threads():
     """A function that sets the number of BLAS threads for this test, and returns the function that tells it."""
     if BLAS_THREADS is None:

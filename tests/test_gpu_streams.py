@@ -126,9 +126,10 @@ def test_two_threads_with_two_streams(seed):
     for _, options in calls:
         options["deterministic"] = True
     expected = [[bits(array) for array in forward_and_backward(*call, **options)] for call, options in calls]
-    from cuflash import cupy_backend
+    from cuflash import cupy_backend, repeat
 
     cupy_backend._plans.clear()
+    repeat._calls.clear()
     meeting = threading.Barrier(2, timeout=60)
     seen, errors = [[], []], []
 

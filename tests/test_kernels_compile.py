@@ -113,6 +113,34 @@ def test_instances_with_options(options, precision, dims):
             assert stored and int(stored[1]) <= allowed, spill
 
 
+SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS)))
+
+
+@pytest.mark.parametrize("dims", tiles.HEAD_DIMS_SM90, ids=str)
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_instances_of_sm90(precision, dims):
+    """No spills, and no note of the compiler that it put a wait between products, or did not hand over registers."""
+    options = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS) if precision == "bfloat16" else (0, WHICH_SCORES, tiles.SOFTCAP)
+    chosen = [(tiles.forward_sm90(dims, own, queries), own) for own in options for queries in ((100, 500, 1000, 5000) if own == 0 else (5000,))]
+    names = {tile.name(precision, dims, own): None for tile, own in chosen if tile is not None}
+    assert spills("forward_sm90.cu", list(names), "sm_90a") == []
+
+
+def test_sizes_of_sm90_tiles():
+    conditions = set()
+    for table in (tiles.FORWARD_SM90, tiles.FORWARD_SM90_WITH_OPTION, tiles.FORWARD_SM90_WITH_OPTIONS, tiles.FORWARD_SM90_LONG_SUMS):
+        options = tiles.LONG_SUMS if table is tiles.FORWARD_SM90_LONG_SUMS else 0
+        for dims, row in table.items():
+            dims = dims if isinstance(dims, tuple) else (dims, dims)
+            for _, tile in row:
+                assert tile.shared_bytes(dims, options) <= SHARED_LIMITS["sm_90"], (dims, tile)
+                struct = f"ForwardSm90Tiles<{', '.join(map(str, (*dims, options, tile.warpgroups, tile.key_tile, tile.stages)))}>"
+                sizes = {"SHARED_BYTES": tile.shared_bytes(dims, options), "THREADS": tile.threads, "QUERY_TILE": tile.query_tile}
+                conditions |= {f"{struct}::{name} == {value}" for name, value in sizes.items()}
+    assert len(conditions) > 20
+    compile_program(program_of_assertions("forward_sm90.cu", sorted(conditions)), architecture="sm_90a")
+
+
 @pytest.mark.parametrize("architecture", SHARED_LIMITS)
 @pytest.mark.parametrize("precision", tiles.PRECISIONS)
 def test_row_kernels(architecture, precision):
@@ -310,7 +338,8 @@ def test_a_compilation_is_logged(fake_device, monkeypatch, caplog):
     assert re.fullmatch(r"some_kernel<1>: compiled or loaded in \d+\.\d\d s, 77 registers, 8 bytes of local memory", record.getMessage())
 
 
-def test_warmup_compiles_what_calls_use(monkeypatch):
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_warmup_compiles_what_calls_use(family, monkeypatch):
     """The names that warmup compiles are instances of the table."""
     from cuflash import cupy_backend
 
@@ -320,8 +349,10 @@ def test_warmup_compiles_what_calls_use(monkeypatch):
     compiled = []
     monkeypatch.setattr(cupy.cuda, "Device", Device)
     monkeypatch.setattr(launch, "shared_limit", lambda device: SHARED_LIMITS["sm_90"])
+    monkeypatch.setattr(launch, "family", lambda device: (family, ""))
     monkeypatch.setattr(modules, "kernel", lambda file, name, shared_bytes, device: compiled.append((file, name)))
     yielded = [name for name, seconds in cupy_backend.warmup(["bfloat16"], [32])]
     assert yielded == [name for _, name in compiled]
     for file in {file for file, _ in compiled}:
-        compile_program(f'#include "{file}"\n', [name for own, name in compiled if own == file])
+        compile_program(f'#include "{file}"\n', [name for own, name in compiled if own == file], "sm_90a" if file.endswith("_sm90.cu") else "sm_90")
+    assert ("forward_sm90.cu" in dict(compiled)) == (family == "sm90")

@@ -10,8 +10,8 @@ from support import DTYPES, ROOT, Arrays, check_backward, check_forward, cupy
 from cuflash.options import DEFAULTS
 
 HEADER, *ROWS = (line for line in (ROOT / "README.md").read_text().split("| option | NumPy:")[1].split("\n\n")[0].splitlines() if not line.startswith("| ---"))
-FAMILIES = {"numpy": re.findall(r"\w+", HEADER.split("|")[0]), "cupy": re.findall(r"\w+", HEADER.split("sm80:")[1])}
-TABLE = {re.search(r"`(\w+)`", row)[1]: dict(zip(FAMILIES, (cell.strip().split(", ") for cell in row.split("|")[2:4]))) for row in ROWS}
+FAMILIES = {name: re.findall(r"\w+", cell.split(":")[-1]) for name, cell in zip(("numpy", "sm80", "sm90"), HEADER.split("|"))}
+TABLE = {re.search(r"`(\w+)`", row)[1]: dict(zip(FAMILIES, (re.findall(r"\w+", cell) for cell in row.split("|")[2:5]))) for row in ROWS}
 HEADS, LENGTH, KEYS = 2, 20, 30
 
 
@@ -40,32 +40,65 @@ def test_every_option_is_in_the_table():
 
 
 def test_dtypes_of_the_table():
-    from cuflash.cupy_backend.tiles import PRECISIONS
+    from cuflash.cupy_backend.tiles import PRECISIONS, element_bytes
 
     assert set(FAMILIES["numpy"]) == set(DTYPES) - {"tf32"}
-    assert set(FAMILIES["cupy"]) == set(PRECISIONS)
+    assert set(FAMILIES["sm80"]) == set(PRECISIONS)
+    assert set(FAMILIES["sm90"]) == {precision for precision in PRECISIONS if element_bytes(precision) == 2}
 
 
 def cells():
     for name, family in product(TABLE, FAMILIES):
-        for precision in FAMILIES[family]:
-            marks = pytest.mark.gpu if family == "cupy" else ()
+        for precision in FAMILIES[family] if TABLE[name][family] else ():
+            marks = () if family == "numpy" else pytest.mark.gpu
             yield pytest.param(name, family, precision, id=f"{name}-{family}-{precision}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "family", "precision"), list(cells()))
-def test_what_the_table_says_works(seed, name, family, precision):
-    arrays = Arrays(numpy if family == "numpy" else cupy, precision, seed)
+@pytest.fixture
+def takes_kernels_of(no_plans, monkeypatch):
+    """A function: from here on calls are planned for this family; and one that tells the kernels of the plans that were made."""
+    from cuflash.cupy_backend import launch, modules
+
+    if launch.family(cupy.cuda.Device().id)[0] != "sm90":
+        pytest.skip("the sm90 family needs a GPU of compute capability 9.0; the other one is tested there as well")
+    taken, kernel = [], modules.kernel
+
+    def recorded(file, *arguments):
+        taken.append(file)
+        return kernel(file, *arguments)
+
+    monkeypatch.setattr(modules, "kernel", recorded)
+
+    def use(family):
+        monkeypatch.setattr(launch, "family", lambda device: (family, "the test asks for it"))
+        return taken
+
+    return use
+
+
+def arrays_and_options(name, arrays):
     q, k, v = arrays.qkv(LENGTH, KEYS, 32, lead=(HEADS,))
     options = {name: value_of(name, arrays), **arrays.options}
     if name == "dropout":
         options["seed"] = 1
     if name == "offset":
         options["causal"] = True
+    return q, k, v, options
+
+
+@pytest.mark.parametrize(("name", "family", "precision"), list(cells()))
+def test_what_the_table_says_works(seed, name, family, precision, request):
     says = TABLE[name][family]
+    taken = request.getfixturevalue("takes_kernels_of")(family) if family == "sm90" else None
+    arrays = Arrays(numpy if family == "numpy" else cupy, precision, seed)
+    q, k, v, options = arrays_and_options(name, arrays)
     if "forward" in says:
         plain = check_forward(q, k, v, roundings=4, **arrays.options)[0]
         assert (check_forward(q, k, v, roundings=4, **options)[0] != plain).any(), "the option changes nothing"
+    if family == "sm90":
+        assert says == ["forward"]
+        assert set(taken) == {"forward_sm90.cu"}
+        return
     assert "backward" in says
     gradients = check_backward(arrays.normal(HEADS, LENGTH, 32), q, k, v, roundings=4, **options)
     assert len(gradients) == 3 + ("dbias" in says) + ("dsinks" in says)

@@ -26,17 +26,59 @@ def forward(problem, q, k, v, out=None):
         if target.shape[-1] > 1 and target.strides[-1] != target.dtype.itemsize:
             log.info("out: columns do not lie side by side; it is computed in a new array and copied")
             target = cupy.empty(problem.out_shape, problem.dtype)
-        lse = cupy.empty(problem.lse_shape, cupy.float32)
+        lse = _empty_lse(problem.lse_shape)
         if lse.size:
             if problem.sequences:  # rows that no sequence holds, should cu_seqlens be wrong
                 target.fill(0)
                 lse.fill(-cupy.inf)
             call = _Call(problem, {"q": q, "k": k, "v": v, "out": target, "lse": lse})
-            call.plan("forward", launch.plan_forward)(call.words)
+            _launch_forward(call.plan("forward", launch.plan_forward), call.words, lse)
         if out is not None and target is not out:
             out[...] = target
             target = out
         return target, lse
+
+
+def _empty_lse(shape):
+    """An array for lse, and behind it in memory a word for the kernel to count with."""
+    return cupy.ndarray(shape, cupy.float32, cupy.cuda.alloc(4 * (math.prod(shape) + 1)))
+
+
+def _launch_forward(plan, words, lse):
+    if plan.counts:
+        counter = lse.data.ptr + 4 * lse.size
+        cupy.cuda.runtime.memsetAsync(counter, 0, 4, cupy.cuda.get_current_stream().ptr)
+        words["tile_counter"] = counter
+    plan(words)
+
+
+class _Forward:
+    """A forward that was made before, for other arrays of the same kind; None where these need more than that (see forward)."""
+
+    def __init__(self, problem, plan):
+        self.device, self.plan = problem.device, plan
+        self.out_shape, self.lse_shape, self.dtype = problem.out_shape, problem.lse_shape, problem.dtype
+
+    def __call__(self, q, k, v):
+        if (q.data.ptr | k.data.ptr | v.data.ptr) & 15 or cupy.cuda.runtime.getDevice() != self.device:
+            return None
+        out = cupy.ndarray(self.out_shape, self.dtype)
+        lse = _empty_lse(self.lse_shape)
+        _launch_forward(self.plan, {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "lse": lse.data.ptr}, lse)
+        return out, lse
+
+
+def forward_again(problem, q, k, v, out, lse):
+    """After a forward without `out`: what makes the same call for other arrays at less cost for the host, or None where there is more to do than a launch."""
+    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+    in_place = all(_in_place(array) for array in (q, k, v)) and out.flags.c_contiguous and lse.size
+    if problem.dtype == cupy.float32:  # whose default precision can change with the environment
+        return None
+    values = (problem.offset, problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths, problem.kv_lengths)
+    if not in_place or problem.sequences or problem.dropout or not isinstance(values[0], int) or any(value is not None for value in values[1:]):
+        return None
+    with cupy.cuda.Device(problem.device):
+        return _Forward(problem, _Call(problem, arrays).plan("forward", launch.plan_forward))
 
 
 def backward(problem, dout, q, k, v, out, lse, dlse=None):
@@ -171,17 +213,21 @@ def _check(problem):
 
 def _ready(name, array):
     """The array as the kernels read it: columns side by side, every row at a multiple of 16 bytes. In place where that holds, else a logged copy."""
-    size = array.dtype.itemsize
-    side_by_side = array.shape[-1] == 1 or array.strides[-1] == size
-    if side_by_side and array.data.ptr % 16 == 0 and all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1])):
+    if _in_place(array):
         return array
+    size = array.dtype.itemsize
     log.info("%s: strides %s of shape %s are not 16-byte rows; copied", name, array.strides, array.shape)
-    kept = tuple(slice(None) if stride else slice(0, 1) for stride in array.strides[:-1])   # a broadcast axis is not copied out
+    kept = tuple(slice(None) if stride else slice(0, 1) for stride in array.strides[:-1])  # a broadcast axis is not copied out
     source = array[kept]
     columns = -(-array.shape[-1] * size // 16) * 16 // size
     copy = cupy.zeros((*source.shape[:-1], columns), array.dtype)[..., : array.shape[-1]]
     copy[...] = source
     return cupy.broadcast_to(copy, array.shape)
+
+
+def _in_place(array):
+    side_by_side = array.shape[-1] == 1 or array.strides[-1] == array.dtype.itemsize
+    return side_by_side and array.data.ptr % 16 == 0 and all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1]))
 
 
 def describe():
@@ -194,7 +240,8 @@ def describe():
     described["compute_capability"] = f"{capability / 10}"
     if capability < MIN_COMPUTE_CAPABILITY:
         return described | {"family": None, "why": f"compute capability {capability / 10} is below {MIN_COMPUTE_CAPABILITY / 10}"}
-    return described | {"family": "sm80", "why": "mma.sync and cp.async kernels, for every GPU of compute capability 8.0 and newer"}
+    family, why = launch.family(cupy.cuda.Device().id)
+    return described | {"family": family, "why": why}
 
 
 def warmup(dtypes, head_dims):
@@ -207,7 +254,12 @@ def warmup(dtypes, head_dims):
             dims = tiles.head_dims(head_dim, head_dim)
             tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
             forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
-            wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
+            if launch.family(device)[0] == "sm90" and size == 2:
+                own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_SM90)
+                row = [tile for _, tile in tiles.FORWARD_SM90[max(own)]]
+                wanted = [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own)) for tile in row]
+            else:
+                wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
             if main.query_gradient:
                 wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
             wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]

@@ -4,18 +4,22 @@ What a call launches depends on shapes, strides and options only, so it is worke
 """
 
 import functools
+import logging
 import math
+import os
 import struct
 
 import cupy
 import numpy
 
-from cuflash.cupy_backend import modules, tiles
+from cuflash.cupy_backend import modules, tensormap, tiles
+
+log = logging.getLogger("cuflash")
 
 # struct Problem of kernels/problem.cuh. A test holds the two together.
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
-WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
+WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
     + [(name, "i4") for name in ("group", "columns", "pairs")],
@@ -47,16 +51,35 @@ SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels th
 class Launch:
     """One kernel with everything but its pointers."""
 
-    def __init__(self, kernel, blocks, threads, shared_bytes, argument):
+    def __init__(self, kernel, blocks, threads, shared_bytes, argument, maps=None, counts=False):
         if blocks >= 2**31:
             raise ValueError(f"the call needs {blocks} blocks of a GPU's grid; allowed: fewer than 2**31. Split the batch")
         self.kernel, self.grid, self.block, self.shared_bytes, self.argument = kernel, (blocks,), (threads,), shared_bytes, argument
+        self.maps, self.counts = maps, counts  # sm90: TensorMaps of q, k and v; whether blocks count the tiles they take
 
     def __call__(self, words):
         argument = bytearray(self.argument)
         for name, word in words.items():
             struct.pack_into("Q", argument, _WORD_AT[name], word)
-        self.kernel(self.grid, self.block, (numpy.frombuffer(argument, _PASSED),), shared_mem=self.shared_bytes)
+        arguments = (numpy.frombuffer(argument, _PASSED),)
+        if self.maps is not None:
+            arguments += (self.maps((words["q"], words["k"], words["v"])),)
+        self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
+
+
+@functools.cache
+def family(device):
+    """The newest kernel family that runs on a GPU, and why it is that one."""
+    capability, wanted = int(cupy.cuda.Device(device).compute_capability), os.environ.get("CUFLASH_FAMILY", "sm90")
+    if wanted not in ("sm80", "sm90"):
+        raise ValueError(f"CUFLASH_FAMILY is {wanted!r}; allowed: 'sm80', 'sm90'")
+    if capability != 90:
+        return "sm80", "mma.sync and cp.async kernels, for every GPU of compute capability 8.0 and newer"
+    if wanted == "sm80":
+        return "sm80", "CUFLASH_FAMILY asks for it"
+    if cupy.cuda.nvrtc.getVersion() < modules.SM90_NVRTC:
+        return "sm80", f"the sm90 family needs NVRTC 12.9 or newer, and this is {modules.nvrtc_version()}"
+    return "sm90", "wgmma and TMA kernels, for compute capability 9.0"
 
 
 @functools.cache
@@ -216,6 +239,10 @@ def plan_forward(problem, views, alignment):
     options = options_of(problem)
     if problem.key_length > LONG_LENGTH and problem.precision != "float32":  # which adds in round-to-nearest anyway
         options |= tiles.LONG_SUMS
+    if family(problem.device)[0] == "sm90" and size == 2 and problem.key_length:
+        launch = _plan_forward_sm90(problem, views, alignment, options)
+        if launch is not None:
+            return launch
     tile = tiles.choose(tiles.forward_table(options), problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
     if "bias chunks" in alignment:
@@ -223,11 +250,38 @@ def plan_forward(problem, views, alignment):
         if staged <= shared_limit(problem.device) and tile.blocks_per_sm * (staged + 1024) <= shared_of_multiprocessor(problem.device):
             options, shared_bytes = options | tiles.STAGED_BIAS, staged
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
+    packed = argument(problem, views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, size))
+    return Launch(kernel, _query_tiles(problem, tile), tile.threads, shared_bytes, packed)
+
+
+def _plan_forward_sm90(problem, views, alignment, options):
+    """The same by the sm90 family, or None where it has no kernel for the call."""
+    dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_SM90)
+    tile = tiles.forward_sm90(dims, options, problem.query_length)
+    packed = argument(problem, views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 2))
+    record = numpy.frombuffer(packed, LAYOUT)[0]
+    maps = None
+    if tile is not None:
+        rows = {"q": (problem.query_length, tile.query_tile), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
+        maps = [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
+    if tile is None or None in maps:
+        log.info("forward: %s; taken by the sm80 family", "the sm90 family has no tile for these options" if tile is None else "TMA cannot read these strides")
+        return None
+    shared_bytes = tile.shared_bytes(dims, options)
+    kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
+    all_tiles, most = _query_tiles(problem, tile), multiprocessors(problem.device)
+    uneven = problem.right is not None or problem.left is not None or options & (tiles.PACKED | tiles.LENGTHS)
+    tensor_maps = tensormap.TensorMaps(problem.precision, maps)
+    return Launch(kernel, min(all_tiles, most), tile.threads, shared_bytes, packed, tensor_maps, counts=all_tiles > most and bool(uneven))
+
+
+def _query_tiles(problem, tile):
+    return math.prod(problem.batch) * problem.heads * slots(problem, problem.query_length, tile.query_tile)
+
+
+def _sweep_forward(problem, dims, size):
     group = problem.heads // max(problem.key_heads, problem.value_heads)
-    places = math.prod(problem.batch) * problem.heads
-    sweep_heads = sweep(problem, problem.key_length * sum(dims) * size // group, places)
-    packed = argument(problem, views, alignment=alignment, sweep_heads=sweep_heads)
-    return Launch(kernel, places * slots(problem, problem.query_length, tile.query_tile), tile.threads, shared_bytes, packed)
+    return sweep(problem, problem.key_length * sum(dims) * size // group, math.prod(problem.batch) * problem.heads)
 
 
 class BackwardPlan:

@@ -13,6 +13,7 @@ import cupy
 log = logging.getLogger("cuflash")
 
 OPTIONS = ("-std=c++17",)
+SM90_NVRTC = (12, 9)  # the first that takes an architecture of ours beside CuPy's own
 _compiling = threading.Lock()
 
 
@@ -41,6 +42,11 @@ def source(file):
     return f'// sources {_digest()}\n#include "{file}"\n'
 
 
+def options_of(file):
+    """Compiler options. Kernels of the sm90 family use instructions that sm_90a alone has."""
+    return (*OPTIONS, f"-I{kernels_folder()}", *(("-arch=sm_90a",) if file.endswith("_sm90.cu") else ()))
+
+
 def nvrtc_version():
     return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
 
@@ -50,7 +56,7 @@ def kernel(file, name, shared_bytes, device):
     """The kernel `name` (a C++ name expression) of `file`, ready to launch on `device` with `shared_bytes` of dynamic shared memory."""
     with _compiling, cupy.cuda.Device(device):
         started = time.perf_counter()
-        module = cupy.RawModule(code=source(file), options=(*OPTIONS, f"-I{kernels_folder()}"), name_expressions=(name,))
+        module = cupy.RawModule(code=source(file), options=options_of(file), name_expressions=(name,))
         try:
             function = module.get_function(name)
             if shared_bytes > 48 * 1024:

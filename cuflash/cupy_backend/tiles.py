@@ -8,6 +8,7 @@ with options, all of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and 
 """
 
 import dataclasses
+import math
 
 # (head dim of q and k, head dim of v) that kernels exist for; a call takes the first that holds its own, and the columns it lacks read as zeros.
 HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 64), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -22,9 +23,13 @@ OPTION_NAMES = ("SCALE_FIRST", "LONG_SUMS", "WINDOW", "PACKED", "LENGTHS", "SOFT
 OPTION_NAMES += ("STAGED_BIAS",)
 
 
-def head_dims(head_dim, value_dim):
+def head_dims(head_dim, value_dim, available=HEAD_DIMS):
     """The kernel's (head dim, value dim) for a call's."""
-    return next(dims for dims in HEAD_DIMS if head_dim <= dims[0] and value_dim <= dims[1])
+    return next(dims for dims in available if head_dim <= dims[0] and value_dim <= dims[1])
+
+
+# The same for the sm90 family.
+HEAD_DIMS_SM90 = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 def element_bytes(precision):
@@ -76,6 +81,32 @@ class ForwardTile(_TileOfQueries):
         head_dim, value_dim = dims
         staged = self.stages * self.query_tile * self.key_tile * bias_size
         return (self.query_tile * head_dim + self.stages * self.key_tile * (head_dim + value_dim)) * size + staged
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardSm90Tile:
+    warpgroups: int  # that compute; one more loads
+    key_tile: int
+    stages: int
+
+    kernel, file = "forward_sm90", "forward_sm90.cu"
+
+    @property
+    def query_tile(self):
+        return self.warpgroups * 64
+
+    @property
+    def threads(self):
+        return (self.warpgroups + 1) * 128
+
+    def shared_bytes(self, dims, options=0):
+        query_columns, value_columns = (-(-dim // 64) * 64 for dim in dims)
+        totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
+        tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
+        return tiles + totals + 2 * 256 + 8 * (7 + 4 * self.stages)
+
+    def name(self, precision, dims, options):
+        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self))}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +215,34 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
+# The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200, but for calls of 128 queries and fewer.
+FORWARD_SM90 = {
+    64: [(128, ForwardSm90Tile(2, 128, 3)), (1024, ForwardSm90Tile(4, 64, 4)), (math.inf, ForwardSm90Tile(3, 128, 3))],
+    96: [(128, ForwardSm90Tile(2, 128, 2)), (math.inf, ForwardSm90Tile(3, 80, 3))],
+    128: [(128, ForwardSm90Tile(2, 128, 2)), (512, ForwardSm90Tile(3, 64, 4)), (math.inf, ForwardSm90Tile(3, 80, 3))],
+    (192, 128): [(math.inf, ForwardSm90Tile(3, 80, 2))],
+    192: [(math.inf, ForwardSm90Tile(2, 112, 2))],
+    256: [(math.inf, ForwardSm90Tile(2, 80, 2))],
+}
+# With options: fewer registers are left.
+FORWARD_SM90_WITH_OPTION = {dims: [row[-1]] for dims, row in FORWARD_SM90.items()}
+FORWARD_SM90_WITH_OPTIONS = {
+    64: [(math.inf, ForwardSm90Tile(2, 128, 3))],
+    96: [(math.inf, ForwardSm90Tile(2, 112, 2))],
+    128: [(math.inf, ForwardSm90Tile(2, 112, 2))],
+    (192, 128): [(math.inf, ForwardSm90Tile(2, 96, 2))],
+    192: [(math.inf, ForwardSm90Tile(2, 80, 2))],
+    256: [(math.inf, ForwardSm90Tile(2, 64, 2))],
+}
+# LONG_SUMS: the totals take shared memory; where there is not enough the sm80 family takes the call.
+FORWARD_SM90_LONG_SUMS = {
+    64: [(math.inf, ForwardSm90Tile(3, 128, 3))],
+    96: [(math.inf, ForwardSm90Tile(3, 80, 2))],
+    128: [(math.inf, ForwardSm90Tile(3, 80, 2))],
+    (192, 128): [],
+    192: [],
+    256: [],
+}
 # Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
     "16-bit": {
@@ -284,6 +343,19 @@ def backward_table(options, with_dq=True):
     if options:
         return BACKWARD_WITH_OPTIONS if _changes_of_scores(options) > 1 else BACKWARD_WITH_OPTION
     return BACKWARD if with_dq else BACKWARD_WITHOUT_DQ
+
+
+def forward_sm90(dims, options, queries):
+    """The tile of the sm90 family for a call, or None where the sm80 family has to take it."""
+    changes = _changes_of_scores(options & ~LONG_SUMS)
+    if options & LONG_SUMS:
+        table = FORWARD_SM90_LONG_SUMS if changes == 0 else {}
+    elif changes > 1 or options & MASK:
+        table = FORWARD_SM90_WITH_OPTIONS
+    else:
+        table = FORWARD_SM90_WITH_OPTION if options else FORWARD_SM90
+    rows = table.get(dims) or table.get(max(dims), [])
+    return next((tile for most, tile in rows if queries <= most), None)
 
 
 def row(table, precision, dims):

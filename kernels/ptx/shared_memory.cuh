@@ -21,6 +21,9 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(u32 address) {
 }
 __device__ __forceinline__ void store_shared(u32 address, u32 x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(x) : "memory"); }
 __device__ __forceinline__ void store_shared(u32 address, u32 x, u32 y) { asm volatile("st.shared.v2.b32 [%0], {%1,%2};" :: "r"(address), "r"(x), "r"(y) : "memory"); }
+__device__ __forceinline__ void store_shared_16_bytes(u32 address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 
 // 16 bytes from device to shared memory, asynchronously; only the first `bytes` are read, the rest become zero.
 __device__ __forceinline__ void cp_async(u32 address, const void* source, int bytes) {

@@ -1,0 +1,27 @@
+"""Calls that are made again and again with arrays of the same kind: what was checked and planned once is not worked out again."""
+
+_MOST = 1024
+_calls = {}
+
+
+def described(q, k, v, options):
+    """All that a GPU call depends on but addresses, as a key; None for NumPy arrays, for options that are arrays, and for what is not an array at all."""
+    try:
+        places = q.data.device_id, k.data.device_id, v.data.device_id
+        arrays = q.shape, k.shape, v.shape, q.strides, k.strides, v.strides
+        key = (*places, q.dtype, k.dtype, v.dtype, *arrays, *options.items(), *map(type, options.values()))
+        hash(key)
+        return key
+    except (AttributeError, TypeError, ValueError):  # NumPy: the buffer of an array has no device, and of bfloat16 there is none
+        return None
+
+
+def find(key):
+    """What `keep` was given for this key, or None."""
+    return _calls.get(key)
+
+
+def keep(key, call):
+    if len(_calls) >= _MOST:
+        _calls.clear()
+    _calls[key] = call

@@ -1,0 +1,73 @@
+// What a forward kernel does with its rows after the last key tile: O is normalised, lse made. Accumulators as in softmax.cuh.
+#pragma once
+#include "product_sm80.cuh"
+#include "score.cuh"
+#include "softmax.cuh"
+
+// `row`: the lane's first, of its sequence, of which `seeing` take part.
+template <int OPTIONS, int PRECISION, typename Softmax, int COUNT>
+__device__ __forceinline__ void finish_rows(const Problem& problem, const Place& place, const Softmax& softmax, const Exponential<PRECISION>& exponential, int row, int seeing,
+                                            float (&output)[COUNT][4], float (&lse)[2]) {
+  float inverse[2];
+  softmax.finish(exponential, inverse, lse);
+  if constexpr ((OPTIONS & SINKS) != 0) {
+    const float sink = *place.rows<float>(problem.sinks);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)   // not rounded by a change of units and back
+      if (softmax.shift[half] == exponential.shift_of_lse(sink) && sink != -infinity()) lse[half] = sink - logf(inverse[half]);
+  }
+  if constexpr ((OPTIONS & (LENGTHS | DROPOUT)) != 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (OPTIONS & DROPOUT) inverse[half] *= problem.keep_inverse;
+      if (row + half * 8 < seeing) continue;
+      // A query that takes no part sees nothing, not even a NaN of the others.
+      lse[half] = OPTIONS & SINKS ? *place.rows<float>(problem.sinks) : -infinity();
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) output[n][2 * half] = output[n][2 * half + 1] = 0.0f;
+      inverse[half] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) output[n][i] *= inverse[i / 2];
+}
+
+// Accumulators to device memory without shared memory: the four lanes of a row transpose 4 x 4 words among them, and each then holds 16 bytes of the row.
+// `row`: the lane's first, counted from `target`.
+template <int PRECISION, int COLUMNS>
+__device__ __forceinline__ void store_output(const float (&output)[COLUMNS / 8][4], typename ElementOf<PRECISION>::type* target, i64 row_stride, int row, int rows, int columns, int lane) {
+  using Element = typename ElementOf<PRECISION>::type;
+  const bool whole = whole_chunks(target, row_stride, columns);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at_row = row + half * 8;
+    Element* to = target + at_row * row_stride;
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; n += 4) {
+      u32 words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack<PRECISION>(output[n + i][2 * half], output[n + i][2 * half + 1]);
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & bit) continue;
+          const bool upper = lane & bit;
+          const u32 received = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i | bit], bit);
+          if (upper) words[i] = received;
+          else words[i | bit] = received;
+        }
+      const int column = (n + lane % 4) * 8, valid = at_row < rows ? columns - column : 0;
+      if (valid <= 0) continue;
+      if (whole) {
+        *(uint4*)(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (j < valid) to[column + j].bits = (u16)(words[j / 2] >> (j % 2 * 16));
+      }
+    }
+  }
+}

@@ -1,0 +1,129 @@
+"""On a Hopper GPU: the sm90 family's own ways, tile by tile, and that the sm80 family gives the same numbers where it stands in."""
+
+import logging
+
+import numpy
+import pytest
+from support import Arrays, check_forward, cupy, to_numpy
+from test_options import NAMES, option
+
+import cuflash
+
+if cupy is None:
+    pytest.skip("needs CuPy", allow_module_level=True)
+
+from cuflash import repeat
+from cuflash.cupy_backend import launch, tiles
+
+pytestmark = pytest.mark.gpu
+TABLES = (tiles.FORWARD_SM90, tiles.FORWARD_SM90_WITH_OPTION, tiles.FORWARD_SM90_WITH_OPTIONS)
+TILES = sorted(
+    {(dims if isinstance(dims, tuple) else (dims, dims), *vars(tile).values()) for table in TABLES for dims, row in table.items() for _, tile in row}
+)
+
+
+def needs_sm90():
+    if launch.family(cupy.cuda.Device().id)[0] != "sm90":
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+@pytest.fixture(params=["bfloat16", "float16"])
+def arrays(request, seed):
+    needs_sm90()
+    return Arrays(cupy, request.param, seed)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile(arrays, tile, options, no_plans, monkeypatch):
+    """Few blocks take many query tiles, one after the other; the last of them, and the last keys, are cut off."""
+    dims, *fields = tile
+    monkeypatch.setattr(tiles, "forward_sm90", lambda *call: tiles.ForwardSm90Tile(*fields))
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
+    for length, keys in ((700, 900), (65, 300), (300, 5), (1, 1)):
+        q, k, v = arrays.normal(2, 4, length, dims[0]), arrays.normal(2, 2, keys, dims[0]), arrays.normal(2, 2, keys, dims[1])
+        check_forward(q, k, v, roundings=8, **options)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "all"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_options_in_both_families(arrays, family, head_dim, name, no_plans, monkeypatch):
+    monkeypatch.setattr(launch, "family", lambda device: (family, "the test asks for it"))
+    q, k, v = arrays.qkv(300, 500, head_dim, lead=(2, 4))
+    options = {}
+    for own in NAMES if name == "all" else [name]:
+        options |= option(own, arrays, (2,), 4, 300, 500)
+    check_forward(q, k, v, roundings=8, **options)
+
+
+@pytest.mark.parametrize("step", [40.0, -40.0, 3.0])
+def test_scores_that_grow_from_tile_to_tile(arrays, step):
+    """The maximum of the softmax is not looked for while sums of exponentials stay small: here they do not."""
+    q, k, v = arrays.qkv(200, 1500, 64, lead=(2,))
+    q[..., 0], k[..., 0] = 8, cupy.arange(1500) // 64 * step
+    check_forward(q, k, v, scale=0.125, roundings=8)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_large_scores(arrays, scale):
+    q, k, v = arrays.qkv(300, 2000, 128, lead=(2,))
+    check_forward(q, k, v, scale=scale / 128**0.5, roundings=8)
+
+
+@pytest.mark.parametrize("bad", [numpy.nan, numpy.inf, -numpy.inf])
+def test_bad_values_reach_the_rows_that_see_them_and_no_others(arrays, bad):
+    """Of sequences that lie side by side in memory, and share tiles there."""
+    q, k, v = arrays.qkv(300, 300, 64, lead=(2,))
+    ends = cupy.array([0, 70, 200, 300], numpy.int32)
+    expected, expected_lse = cuflash.attention_forward(q, k, v, cu_seqlens=(ends, ends))
+    k[:, 100, 3], v[:, 150, 5] = bad, bad
+    out, lse = cuflash.attention_forward(q, k, v, cu_seqlens=(ends, ends))
+    for own, wanted in ((out, expected), (lse, expected_lse)):
+        for rows in (slice(0, 70), slice(200, 300)):
+            numpy.testing.assert_array_equal(to_numpy(own)[:, rows], to_numpy(wanted)[:, rows])
+    assert not numpy.isfinite(to_numpy(out)[:, 70:200, 5]).any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ten_thousand_runs_are_equal(arrays, causal, no_plans, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 20)
+    q, k, v = arrays.qkv(500, 500, 64, lead=(2, 8))
+    out, lse = cuflash.attention_forward(q, k, v, causal=causal)
+    differs = cupy.zeros((), bool)
+    for _ in range(10_000):
+        own, own_lse = cuflash.attention_forward(q, k, v, causal=causal)
+        differs |= (own.view(numpy.uint16) != out.view(numpy.uint16)).any() | (own_lse != lse).any()
+    assert not differs
+
+
+def test_what_tma_cannot_read_is_taken_by_sm80_and_logged(arrays, no_plans, caplog):
+    caplog.set_level(logging.INFO, "cuflash")
+    q, k, v = arrays.qkv(100, 120, 64, lead=(2,))
+    check_forward(q, k[:, ::-1], v[:, ::-1], roundings=8)
+    assert any("TMA cannot read these strides; taken by the sm80 family" in record.getMessage() for record in caplog.records)
+
+
+class TestRepeatedCalls:
+    def test_they_see_their_own_arrays(self, arrays, no_plans):
+        for _ in range(3):
+            check_forward(*arrays.qkv(70, 90, 64, lead=(2,)), causal=True, roundings=8)
+        assert len(repeat._calls) == 1
+
+    def test_arrays_off_a_16_byte_boundary_are_still_copied(self, arrays, no_plans):
+        memory = arrays.normal(2, 100, 72)
+        for first in (0, 8, 1):
+            x = memory[..., first : first + 64]
+            check_forward(x, x, x, causal=True, roundings=8)
+
+    def test_an_argument_that_equals_an_allowed_one_is_still_refused(self, arrays, no_plans):
+        q, k, v = arrays.qkv(70, 90, 64)
+        cuflash.attention(q, k, v, causal=True)
+        with pytest.raises(TypeError, match="causal"):
+            cuflash.attention(q, k, v, causal=1)
+
+    def test_another_option_is_another_call(self, arrays, no_plans):
+        q, k, v = arrays.qkv(70, 90, 64, lead=(2,))
+        for options in ({}, {"causal": True}, {"scale": 0.5}, {"window": 7}, {"offset": 3, "causal": True}, {"softcap": 2.0}):
+            check_forward(q, k, v, roundings=8, **options)
+            check_forward(q, k, v, roundings=8, **options)
