@@ -13,14 +13,9 @@
 // __syncthreads); other blocks on the multiprocessor work meanwhile.
 #include "gradient_sm80.cuh"
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE> struct BackwardBiasTiles {
-  using Element = typename ElementOf<PRECISION>::type;
-  static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROW_TILES * 16, QUERY_TILE = WARPS * WARP_ROWS;
-  using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
-  using DO = SharedTile<Element, QUERY_TILE, VALUE_DIM>;
-  using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
-  using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
-  static constexpr int SHARED_BYTES = Q::BYTES + DO::BYTES + K::BYTES + V::BYTES;
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE> struct BackwardBiasTiles : GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE> {
+  using Base = GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE>;
+  static constexpr int SHARED_BYTES = Base::QUERY_BYTES + Base::KEY_BYTES;
   static_assert(WARPS * KEY_TILE * 4 <= SHARED_BYTES, "column sums of the warps fit");
 };
 

@@ -10,15 +10,9 @@
 // Order of waits: as in forward_sm80.cu.
 #include "gradient_sm80.cuh"
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES> struct BackwardQueryTiles {
-  using Element = typename ElementOf<PRECISION>::type;
-  static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROW_TILES * 16, QUERY_TILE = WARPS * WARP_ROWS;
-  using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
-  using DO = SharedTile<Element, QUERY_TILE, VALUE_DIM>;
-  using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
-  using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
-  static constexpr int FIRST_STAGE = Q::BYTES + DO::BYTES, STAGE_BYTES = K::BYTES + V::BYTES;
-  static constexpr int SHARED_BYTES = FIRST_STAGE + STAGES * STAGE_BYTES;
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES> struct BackwardQueryTiles : GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE> {
+  using Base = GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE>;
+  static constexpr int FIRST_STAGE = Base::QUERY_BYTES, STAGE_BYTES = Base::KEY_BYTES, SHARED_BYTES = FIRST_STAGE + STAGES * STAGE_BYTES;
 };
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int BLOCKS_PER_SM>

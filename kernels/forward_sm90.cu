@@ -13,8 +13,8 @@
 //
 // Order of waits. Everything shared goes in rings with two barriers a stage: full (written, or all bytes of its copies are there) and empty (every reader
 // arrived). A consumer, from key tile n - 1 to n:
-//   K(n) full -> its turn (named barriers: the warpgroups issue products one after the other) -> issue S = Q K(n)ᵀ -> V(n - 1) full -> issue O += P V(n - 1)
-//   -> next warpgroup's turn -> S done, K(n) empty -> O done, V(n - 1) empty -> softmax of S gives P.
+//   its turn (named barriers: the warpgroups issue products one after the other) -> issue S = Q K(n)ᵀ and O += P V(n - 1) -> next warpgroup's turn
+//   -> S done, K(n) empty -> K(n + 1) and V(n) full, while O += P V runs -> O done, V(n - 1) empty -> softmax of S gives P.
 #include "forward_rows.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
           problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2, [&](int, int n, int half, int i) { p[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u; });
   };
 
-  // LONG_SUMS: the tensor cores truncate what they add to O, which over a million keys takes 0.7 % off a sum of equal terms. So they sum SEGMENT key tiles
-  // at most; the totals, each thread's own, are added up in round-to-nearest.
+  // LONG_SUMS: the tensor cores truncate what they add to O (accumulate in product_sm80.cuh). So they sum SEGMENT key tiles at most; the totals, each
+  // thread's own, are added up in round-to-nearest.
   constexpr int SEGMENT = 4096 / KEY_TILE;
   float total_shift[2];
   auto add_totals = [&](bool any) {   // to O

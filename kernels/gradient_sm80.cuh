@@ -3,6 +3,17 @@
 #include "product_sm80.cuh"
 #include "score.cuh"
 
+// The tiles of a kernel whose warps own 16 · ROW_TILES queries and all keys of a tile.
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE> struct GradientTiles {
+  using Element = typename ElementOf<PRECISION>::type;
+  static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROW_TILES * 16, QUERY_TILE = WARPS * WARP_ROWS;
+  using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
+  using DO = SharedTile<Element, QUERY_TILE, VALUE_DIM>;
+  using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
+  using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
+  static constexpr int QUERY_BYTES = Q::BYTES + DO::BYTES, KEY_BYTES = K::BYTES + V::BYTES;
+};
+
 // lse (as a shift) and D of a lane's rows, the first of them `row` of the padded rows. Rows that take no part hold lse = inf, so that P = 0.
 template <int ROW_TILES> __device__ __forceinline__ void load_statistics(const Problem& problem, float (&lse)[ROW_TILES][2], float (&d)[ROW_TILES][2], i64 row) {
 #pragma unroll

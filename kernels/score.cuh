@@ -178,7 +178,6 @@ template <int PRECISION> struct Exponential {
 
   static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(PRECISION == FLOAT32 ? exponent * LOG2_E : exponent); }
   __device__ __forceinline__ float operator()(float score, float shift) const { return of(fmaf(score, factor, -shift)); }
-  __device__ __forceinline__ float cubic(float score, float shift) const { return exp2_cubic(fmaf(score, factor, -shift)); }   // not of FLOAT32
 
   static __device__ __forceinline__ float shift_of_lse(float lse) { return lse * UNIT; }
   static __device__ __forceinline__ float lse(float shift, float sum) { return (PRECISION == FLOAT32 ? shift : shift * LN_2) + logf(sum); }

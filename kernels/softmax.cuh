@@ -9,9 +9,7 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 // while the shift lags by RESCALE_THRESHOLD.
 constexpr float LARGEST_SUM = 16384.0f;
 
-// CUBIC of eight exponentials are made by exp2_cubic: the unit for exponentials gives 16 a clock and multiprocessor, and where it is what a kernel waits
-// for, the FMA units can take a part (FlashAttention-4, Zadouri et al. 2026, section 3.1).
-template <int COLUMNS, int CUBIC = 0> struct OnlineSoftmax {
+template <int COLUMNS> struct OnlineSoftmax {
   float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
 
@@ -60,8 +58,7 @@ template <int COLUMNS, int CUBIC = 0> struct OnlineSoftmax {
         float p[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const bool cubic = (2 * n + i + 1) * CUBIC % 8 < CUBIC;   // spread evenly
-          p[i] = cubic ? exponential.cubic(scores[n][2 * row + i], against[row]) : exponential(scores[n][2 * row + i], against[row]);
+          p[i] = exponential(scores[n][2 * row + i], against[row]);
           tile_sum[row] += p[i];
         }
         keep(n, row, p);
@@ -78,8 +75,8 @@ template <int COLUMNS, int CUBIC = 0> struct OnlineSoftmax {
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
   }
 
-  // The same without raise(), whose maximum costs half as much as all exponentials: their sum tells whether one was too large. Then nothing is taken, and
-  // the answer is false. A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
+  // The same without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
+  // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
     const float against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
     float tile_sum[2];

@@ -57,12 +57,3 @@ template <int PRECISION> __device__ __forceinline__ float hyperbolic_tangent(flo
 }
 
 __device__ __forceinline__ float exp2_approximate(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-
-// The same on the FMA units, for exponents up to 126, to a relative error of 1.02e-4: a power of two by the exponent field, the rest in [-1/2, 1/2] by a cubic.
-// -inf gives 0, NaN stays.
-__device__ __forceinline__ float exp2_cubic(float x) {
-  asm("max.NaN.f32 %0, %0, 0fC2FE0000;" : "+f"(x));   // -127
-  const float shifted = x + 12582912.0f, rest = x - (shifted - 12582912.0f);   // 1.5 · 2^23: its last bits count ones
-  const float power = __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);
-  return power * fmaf(fmaf(fmaf(0.0550090596f, rest, 0.2422109693f), rest, 0.6932829022f), rest, 1.0f);
-}

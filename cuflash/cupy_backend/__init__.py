@@ -1,4 +1,4 @@
-"""Attention on CuPy arrays, by the kernels of the sm80 family (mma.sync and cp.async: every NVIDIA GPU from compute capability 8.0 on)."""
+"""Attention on CuPy arrays, by the newest kernel family that has a kernel for a call: sm80, every NVIDIA GPU from compute capability 8.0 on, or sm90."""
 
 import logging
 import math
@@ -70,13 +70,15 @@ class _Forward:
 
 def forward_again(problem, q, k, v, out, lse):
     """After a forward without `out`: what makes the same call for other arrays at less cost for the host, or None where there is more to do than a launch."""
-    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
-    in_place = all(_in_place(array) for array in (q, k, v)) and out.flags.c_contiguous and lse.size
     if problem.dtype == cupy.float32:  # whose default precision can change with the environment
         return None
-    values = (problem.offset, problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths, problem.kv_lengths)
-    if not in_place or problem.sequences or problem.dropout or not isinstance(values[0], int) or any(value is not None for value in values[1:]):
+    if problem.sequences or problem.dropout or not isinstance(problem.offset, int):
         return None
+    if any(array is not None for array in (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths, problem.kv_lengths)):
+        return None
+    if not (lse.size and out.flags.c_contiguous and all(_in_place(array) for array in (q, k, v))):
+        return None
+    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     with cupy.cuda.Device(problem.device):
         return _Forward(problem, _Call(problem, arrays).plan("forward", launch.plan_forward))
 

@@ -258,14 +258,15 @@ def _plan_forward_sm90(problem, views, alignment, options):
     """The same by the sm90 family, or None where it has no kernel for the call."""
     dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_SM90)
     tile = tiles.forward_sm90(dims, options, problem.query_length)
+    if tile is None:
+        log.info("forward: the sm90 family has no tile for these options; taken by the sm80 family")
+        return None
     packed = argument(problem, views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 2))
     record = numpy.frombuffer(packed, LAYOUT)[0]
-    maps = None
-    if tile is not None:
-        rows = {"q": (problem.query_length, tile.query_tile), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
-        maps = [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
-    if tile is None or None in maps:
-        log.info("forward: %s; taken by the sm80 family", "the sm90 family has no tile for these options" if tile is None else "TMA cannot read these strides")
+    rows = {"q": (problem.query_length, tile.query_tile), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
+    maps = [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
+    if None in maps:
+        log.info("forward: TMA cannot read these strides; taken by the sm80 family")
         return None
     shared_bytes = tile.shared_bytes(dims, options)
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)

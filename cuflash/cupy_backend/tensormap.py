@@ -7,7 +7,6 @@ import numpy
 
 RANK = 5  # columns, rows, heads, and two batch dimensions
 BYTES = 128
-MAX_BOX_ROWS = 256
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType of cuda.h
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
 _MAX_KEPT = 64

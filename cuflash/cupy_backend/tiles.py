@@ -40,24 +40,26 @@ def _arguments(*values):
     return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tile:
+class _Parameters:
     """Template parameters of a kernel; its file has its name. The names of the fields are those of the kernel."""
-
-    warps: int
-    row_tiles: int  # 16-row tiles of queries (in BackwardTile of keys) a warp
 
     @property
     def file(self):
         return f"{self.kernel}.cu"
 
-    @property
-    def threads(self):
-        return self.warps * 32
-
     def name(self, precision, dims, options):
         """The C++ name of an instance."""
         return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self))}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile(_Parameters):
+    warps: int
+    row_tiles: int  # 16-row tiles of queries (in BackwardTile of keys) a warp
+
+    @property
+    def threads(self):
+        return self.warps * 32
 
 
 class _TileOfQueries(_Tile):
@@ -84,12 +86,12 @@ class ForwardTile(_TileOfQueries):
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardSm90Tile:
+class ForwardSm90Tile(_Parameters):
     warpgroups: int  # that compute; one more loads
     key_tile: int
     stages: int
 
-    kernel, file = "forward_sm90", "forward_sm90.cu"
+    kernel = "forward_sm90"
 
     @property
     def query_tile(self):
@@ -104,9 +106,6 @@ class ForwardSm90Tile:
         totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
         tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
         return tiles + totals + 2 * 256 + 8 * (7 + 4 * self.stages)
-
-    def name(self, precision, dims, options):
-        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self))}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +214,8 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
-# The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200, but for calls of 128 queries and fewer.
+# The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 8,192 steps. Not timed: 96, (192, 128)
+# and 192, calls of 128 queries and fewer, and the two tables for several options and LONG_SUMS.
 FORWARD_SM90 = {
     64: [(128, ForwardSm90Tile(2, 128, 3)), (1024, ForwardSm90Tile(4, 64, 4)), (math.inf, ForwardSm90Tile(3, 128, 3))],
     96: [(128, ForwardSm90Tile(2, 128, 2)), (math.inf, ForwardSm90Tile(3, 80, 3))],

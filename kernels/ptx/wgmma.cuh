@@ -77,14 +77,10 @@ template <int PRECISION, int N> struct Wgmma;
     }                                                                                                                                                          \
   };
 #define CUFLASH_WGMMA_WIDTH(...) CUFLASH_WGMMA(FLOAT16, "f16", __VA_ARGS__) CUFLASH_WGMMA(BFLOAT16, "bf16", __VA_ARGS__)
-CUFLASH_WGMMA_WIDTH(32, 16, 17, 18, 19, 20, 21)
 CUFLASH_WGMMA_WIDTH(64, 32, 33, 34, 35, 36, 37)
 CUFLASH_WGMMA_WIDTH(80, 40, 41, 42, 43, 44, 45)
 CUFLASH_WGMMA_WIDTH(96, 48, 49, 50, 51, 52, 53)
 CUFLASH_WGMMA_WIDTH(112, 56, 57, 58, 59, 60, 61)
 CUFLASH_WGMMA_WIDTH(128, 64, 65, 66, 67, 68, 69)
-CUFLASH_WGMMA_WIDTH(144, 72, 73, 74, 75, 76, 77)
-CUFLASH_WGMMA_WIDTH(160, 80, 81, 82, 83, 84, 85)
-CUFLASH_WGMMA_WIDTH(176, 88, 89, 90, 91, 92, 93)
 CUFLASH_WGMMA_WIDTH(192, 96, 97, 98, 99, 100, 101)
 CUFLASH_WGMMA_WIDTH(256, 128, 129, 130, 131, 132, 133)
