@@ -1,5 +1,7 @@
 """Calls that are made again and again with arrays of the same kind: what was checked and planned once is not worked out again."""
 
+import os
+
 _MOST = 1024
 _calls = {}
 
@@ -9,7 +11,8 @@ def described(q, k, v, options):
     try:
         places = q.data.device_id, k.data.device_id, v.data.device_id
         arrays = q.shape, k.shape, v.shape, q.strides, k.strides, v.strides
-        key = (*places, q.dtype, k.dtype, v.dtype, *arrays, *options.items(), *map(type, options.values()))
+        precision = os.environ.get("CUPY_TF32") if q.dtype.char == "f" else None  # the default of float32 arrays (arguments.precision)
+        key = (*places, q.dtype, k.dtype, v.dtype, *arrays, precision, *options.items(), *map(type, options.values()))
         hash(key)
         return key
     except (AttributeError, TypeError, ValueError):  # NumPy: the buffer of an array has no device, and of bfloat16 there is none

@@ -15,6 +15,7 @@
 // and dSᵀ, the scores into memory, __syncthreads, then what reads them. Column groups with one tile for both scores wait twice more: before dV reads Pᵀ,
 // and before dSᵀ overwrites it.
 #include "gradient_sm80.cuh"
+#include "key_block.cuh"
 #include "product_sm80.cuh"
 #include "ptx/reduce.cuh"
 #include "score.cuh"
@@ -32,30 +33,6 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, 
   static_assert(QUERY_TILE / COLUMN_GROUPS % 16 == 0 && HEAD_DIM / COLUMN_GROUPS % 16 == 0 && VALUE_DIM / COLUMN_GROUPS % 16 == 0, "fragments come in pairs of 8 columns");
   static_assert(SCORE_TILES == 1 || (SCORE_TILES == 2 && COLUMN_GROUPS > 1), "only column groups keep both Pᵀ and dSᵀ");
   static constexpr int SHARED_BYTES = FIRST_STAGE + STAGES * STAGE_BYTES;
-};
-
-// Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
-template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
-  Schedule schedule;
-  Place place;    // of the first of the block's query heads; any of them finds the key head
-  TileOfSequence slot;
-  Sequence<OPTIONS> sequence;
-  Visible<OPTIONS> visible;
-  int first_key;                 // of the sequence
-  int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
-
-  __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
-        visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
-    place.head *= problem.heads_per_block;
-    const int first_query = visible.query_begin(first_key);
-    const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
-    first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
-    last_tile = ceil_div(visible.query_end(min(first_key + KEY_TILE, visible.keys) - 1), QUERY_TILE);
-  }
-
-  // An empty slot has no keys.
-  __device__ __forceinline__ bool exists() const { return !(OPTIONS & PACKED) || (first_key >= 0 && first_key < sequence.keys); }
 };
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int COLUMN_GROUPS, int QUERY_TILE, int STAGES, int SCORE_TILES, int DQ_ROW_TILES,

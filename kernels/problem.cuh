@@ -27,6 +27,8 @@ struct Problem {
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
+  float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
+  float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
   const int* cu_k;
@@ -48,7 +50,8 @@ struct Problem {
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are float32 parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
-  int splits;                   // gradient of the bias: parts
+  int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
+  int batches_together;         // STAGED_BIAS in forward_sm90: how many batch entries share a bias, if their tiles should follow each other
   u32 keep_threshold;           // dropout: 65536 times the probability to keep, in the high half of the word
   float keep_inverse;           // 1 / that probability
   float scale;

@@ -17,6 +17,7 @@ enum Option {
   DROPOUT = 1024,
   SINKS = 2048,
   STAGED_BIAS = 4096,   // forward: the bias comes by way of shared memory: its rows are whole 16-byte pieces
+  SPLIT_KEYS = 8192,    // forward_sm90: a query tile's keys are shared out over blocks, and forward_combine puts their parts together
 };
 
 // Which queries and keys of a (batch, head) belong together: all, or with PACKED one of its sequences. Rows and columns count from its first ones.
@@ -224,21 +225,24 @@ template <int PRECISION, int OPTIONS> struct Score {
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
   __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, float (*derivative)[COLUMNS / 8][4]) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);
-    if constexpr ((OPTIONS & (SCALE_FIRST | SOFTCAP)) != 0) {
+    if constexpr ((OPTIONS & SOFTCAP) != 0) {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        hyperbolic_tangents<PRECISION>(d[m], problem.softcap_scale);
+        if (derivative) {
+#pragma unroll
+          for (int n = 0; n < COLUMNS / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) derivative[m][n][i] = fmaf(-d[m][n][i], d[m][n][i], 1.0f);
+        }
+      }
+    } else if constexpr ((OPTIONS & SCALE_FIRST) != 0) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if constexpr ((OPTIONS & SOFTCAP) != 0) {
-              const float t = hyperbolic_tangent<PRECISION>(d[m][n][i] * problem.softcap_scale);
-              if (derivative) derivative[m][n][i] = fmaf(-t, t, 1.0f);
-              d[m][n][i] = t;
-            } else {
-              d[m][n][i] *= problem.scale;
-            }
-          }
+          for (int i = 0; i < 4; ++i) d[m][n][i] *= problem.scale;
     }
     if constexpr ((OPTIONS & BIAS) != 0) add_bias(row, column);
     if constexpr ((OPTIONS & ALIBI) != 0) {

@@ -75,7 +75,19 @@ template <int COLUMNS> struct OnlineSoftmax {
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
   }
 
-  // The same without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
+  // A row's first tile without raise(), against shifts of 0: where scores are so small, or so large, that another shift is better, nothing is taken.
+  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_start(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    const float against[2] = {0.0f, 0.0f};
+    float tile_sum[2];
+    exponentials(scores, exponential, against, tile_sum, keep);
+    const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
+    if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= LARGEST_SUM))) return false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) shift[row] = 0.0f, sum[row] = tile_sum[row];
+    return true;
+  }
+
+  // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
   // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
     const float against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};

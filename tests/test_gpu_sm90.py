@@ -71,6 +71,62 @@ def test_large_scores(arrays, scale):
     check_forward(q, k, v, scale=scale / 128**0.5, roundings=8)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"kv_lengths": [700, 3000]}, {"window": (1000, 0)}, {"softcap": 2.0}, {"alibi": True}, {"sinks": True}], ids=str
+)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128, 200])
+@pytest.mark.parametrize("length", [1, 5, 130])
+def test_few_queries(arrays, length, head_dim, heads, options, no_plans):
+    """Their keys are shared out over blocks; one query of several heads that share keys becomes rows of one head."""
+    q, k, v = arrays.normal(2, heads[0], length, head_dim), arrays.normal(2, heads[1], 3000, head_dim), arrays.normal(2, heads[1], 3000, head_dim)
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = cupy.full(heads[0], 0.01, numpy.float32)
+    if options.pop("sinks", False):
+        options["sinks"] = arrays.normal(heads[0])
+    if "kv_lengths" in options:
+        options["kv_lengths"] = cupy.array(options["kv_lengths"])
+    check_forward(q, k, v, roundings=8, **options)
+
+
+def test_few_queries_and_parts_that_see_nothing(arrays, no_plans):
+    q, k, v = arrays.normal(3, 2, 1, 64), arrays.normal(3, 2, 3000, 64), arrays.normal(3, 2, 3000, 64)
+    check_forward(q, k, v, roundings=8, kv_lengths=cupy.array([0, 10, 3000]))
+    check_forward(q, k, v, roundings=8, causal=True, offset=cupy.array([-1, 0, 1500]))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (300, 0)}, {"kv_lengths": [700, 950]}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 700, 1000), (4, 700, 1000), (700, 1000), (2, 1, 700, 1000), (4, 1, 1000), (2, 4, 700, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, (192, 128), 192, 256], ids=str)
+def test_biases_that_come_by_shared_memory(arrays, head_dim, shape, options, no_plans, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
+    head_dim, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    q, k, v = arrays.normal(2, 4, 700, head_dim), arrays.normal(2, 4, 1000, head_dim), arrays.normal(2, 4, 1000, value_dim)
+    options = dict(options)
+    if "kv_lengths" in options:
+        options["kv_lengths"] = cupy.array(options["kv_lengths"])
+    if "mask" in options:
+        options["mask"] = cupy.random.default_rng(0).random((700, 1000)) < 0.9
+    check_forward(q, k, v, roundings=8, bias=arrays.normal(*shape), **options)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.001, 0.5, 100.0])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"offset": 5000}], ids=str)
+def test_slopes(arrays, options, slope, no_plans):
+    """Where the bias grows from tile to tile maxima are taken, elsewhere not; no score is too large either way."""
+    q, k, v = arrays.qkv(500, 1500, 64, lead=(2, 4))
+    check_forward(q, k, v, roundings=8, alibi_slopes=cupy.full(4, slope, numpy.float32), **options)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 30.0])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 5.0])
+def test_softcaps(arrays, scale, softcap, no_plans):
+    """Small scores and large ones are capped in different ways."""
+    q, k, v = arrays.qkv(300, 500, 64)
+    check_forward(q, k, v, roundings=8, softcap=softcap, scale=scale)
+
+
 @pytest.mark.parametrize("bad", [numpy.nan, numpy.inf, -numpy.inf])
 def test_bad_values_reach_the_rows_that_see_them_and_no_others(arrays, bad):
     """Of sequences that lie side by side in memory, and share tiles there."""

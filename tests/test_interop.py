@@ -103,6 +103,16 @@ def test_cupy_tf32_changes_the_default_of_cupy_arrays(arrays, monkeypatch, value
     assert make_problem(q, k, v, {"precision": "tf32"})[0].precision == "tf32"
 
 
+@pytest.mark.gpu
+def test_cupy_tf32_changes_repeated_calls(seed, monkeypatch):
+    q, k, v = Arrays(cupy, "float32", seed).qkv(40, 500, 64)
+    wanted = {value: bits(cuflash.attention(q, k, v, precision=name)) for value, name in (("0", "float32"), ("1", "tf32"))}
+    assert wanted["0"] != wanted["1"]
+    for value in "000111010":
+        monkeypatch.setenv("CUPY_TF32", value)
+        assert bits(cuflash.attention(q, k, v)) == wanted[value]
+
+
 def test_problem_of_a_call(every):
     q, k, v = every.normal(3, 4, 20, 16), every.normal(2, 30, 16), every.normal(30, 8)
     problem, *_ = make_problem(q, k, v, {"causal": True, **every.options})

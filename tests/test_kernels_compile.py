@@ -97,7 +97,7 @@ def test_instances(architecture, precision, dims):
     assert not found, "\n".join(found)
 
 
-ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.STAGED_BIAS
+ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.STAGED_BIAS - tiles.SPLIT_KEYS
 WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
 
 
@@ -114,22 +114,56 @@ def test_instances_with_options(options, precision, dims):
 
 
 SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS)))
+SM90_OPTIONS += (tiles.SPLIT_KEYS | tiles.LONG_SUMS, (tiles.SPLIT_KEYS | ALL_OPTIONS) & ~(tiles.PACKED | tiles.SINKS))
+STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS | WHICH_SCORES) & ~tiles.PACKED)
 
 
 @pytest.mark.parametrize("dims", tiles.HEAD_DIMS_SM90, ids=str)
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_instances_of_sm90(precision, dims):
     """No spills, and no note of the compiler that it put a wait between products, or did not hand over registers."""
-    options = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS) if precision == "bfloat16" else (0, WHICH_SCORES, tiles.SOFTCAP)
-    chosen = [(tiles.forward_sm90(dims, own, queries), own) for own in options for queries in ((100, 500, 1000, 5000) if own == 0 else (5000,))]
+    options = (*SM90_OPTIONS, *STAGED_BIAS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS) if precision == "bfloat16" else (0, WHICH_SCORES, tiles.SOFTCAP)
+    chosen = [(tiles.forward_sm90(dims, own, queries), own) for own in options for queries in (50, 500, 1000, 5000)]
     names = {tile.name(precision, dims, own): None for tile, own in chosen if tile is not None}
     assert spills("forward_sm90.cu", list(names), "sm_90a") == []
 
 
+@pytest.mark.parametrize(("dims", "precision"), [((64, 64), "bfloat16"), ((128, 128), "bfloat16"), ((128, 128), "float16")], ids=str)
+def test_backward_instances_of_sm90(precision, dims):
+    sets = {
+        own
+        for own in (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
+        if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)
+    }
+    sets.add(WHICH_SCORES & ~tiles.SINKS)
+    chosen = [(own, flag, tiles.backward_sm90(*dims, own, flag)) for own in sets for flag in (True, False)]
+    names = [tile[0].name(precision, dims, own, flag) for own, flag, tile in chosen if tile is not None]
+    assert len(names) >= 6
+    assert spills("backward_sm90.cu", names, "sm_90a") == []
+
+
+def test_sizes_of_sm90_backward_tiles():
+    conditions = []
+    for dims, tile in tiles.BACKWARD_SM90.items():
+        struct = f"BackwardSm90Tiles<{', '.join(map(str, (*dims, tile.query_tile, tile.query_stages, tile.output_stages)))}>"
+        sizes = {"SHARED_BYTES": tile.shared_bytes(dims), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
+        conditions += [f"{struct}::{name} == {value}" for name, value in sizes.items()]
+        assert tile.shared_bytes(dims) <= SHARED_LIMITS["sm_90"]
+    compile_program(program_of_assertions("backward_sm90.cu", conditions), architecture="sm_90a")
+
+
 def test_sizes_of_sm90_tiles():
     conditions = set()
-    for table in (tiles.FORWARD_SM90, tiles.FORWARD_SM90_WITH_OPTION, tiles.FORWARD_SM90_WITH_OPTIONS, tiles.FORWARD_SM90_LONG_SUMS):
-        options = tiles.LONG_SUMS if table is tiles.FORWARD_SM90_LONG_SUMS else 0
+    for table in (
+        tiles.FORWARD_SM90,
+        tiles.FORWARD_SM90_WITH_OPTION,
+        tiles.FORWARD_SM90_WITH_OPTIONS,
+        tiles.FORWARD_SM90_LONG_SUMS,
+        tiles.FORWARD_SM90_SPLIT_KEYS,
+        tiles.FORWARD_SM90_STAGED_BIAS,
+    ):
+        options = tiles.LONG_SUMS if table in (tiles.FORWARD_SM90_LONG_SUMS, tiles.FORWARD_SM90_SPLIT_KEYS) else 0
+        options |= tiles.STAGED_BIAS if table is tiles.FORWARD_SM90_STAGED_BIAS else 0
         for dims, row in table.items():
             dims = dims if isinstance(dims, tuple) else (dims, dims)
             for _, tile in row:

@@ -3,6 +3,7 @@
 What a call launches depends on shapes, strides and options only, so it is worked out once (a `Plan`) and kept; a repeated call fills in its pointers.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -19,7 +20,7 @@ log = logging.getLogger("cuflash")
 # struct Problem of kernels/problem.cuh. A test holds the two together.
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
-WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
+WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
     + [(name, "i4") for name in ("group", "columns", "pairs")],
@@ -30,7 +31,7 @@ LAYOUT = numpy.dtype(
     + [(name, "u8") for name in WORDS]
     + [("offset", "i8"), ("split_stride", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
-    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits")]
+    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
     + [("keep_threshold", "u4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")],
     align=True,
@@ -51,11 +52,11 @@ SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels th
 class Launch:
     """One kernel with everything but its pointers."""
 
-    def __init__(self, kernel, blocks, threads, shared_bytes, argument, maps=None, counts=False):
+    def __init__(self, kernel, blocks, threads, shared_bytes, argument, maps=None, counts=False, mapped=("q", "k", "v")):
         if blocks >= 2**31:
             raise ValueError(f"the call needs {blocks} blocks of a GPU's grid; allowed: fewer than 2**31. Split the batch")
         self.kernel, self.grid, self.block, self.shared_bytes, self.argument = kernel, (blocks,), (threads,), shared_bytes, argument
-        self.maps, self.counts = maps, counts  # sm90: TensorMaps of q, k and v; whether blocks count the tiles they take
+        self.maps, self.mapped, self.counts = maps, mapped, counts  # sm90: TensorMaps, and of which arrays; whether blocks count the tiles they take
 
     def __call__(self, words):
         argument = bytearray(self.argument)
@@ -63,7 +64,7 @@ class Launch:
             struct.pack_into("Q", argument, _WORD_AT[name], word)
         arguments = (numpy.frombuffer(argument, _PASSED),)
         if self.maps is not None:
-            arguments += (self.maps((words["q"], words["k"], words["v"])),)
+            arguments += (self.maps(tuple(words[name] for name in self.mapped)),)
         self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
 
 
@@ -234,6 +235,7 @@ def options_of(problem):
 
 def plan_forward(problem, views, alignment):
     """The launch of a forward pass; `views`: name -> layout."""
+    problem, views = _heads_as_rows(problem, views)
     dims = tiles.head_dims(problem.head_dim, problem.value_dim)
     size = tiles.element_bytes(problem.precision)
     options = options_of(problem)
@@ -257,23 +259,90 @@ def plan_forward(problem, views, alignment):
 def _plan_forward_sm90(problem, views, alignment, options):
     """The same by the sm90 family, or None where it has no kernel for the call."""
     dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_SM90)
+    splits = _splits_of_keys(problem, dims, options)
+    if splits > 1:
+        options |= tiles.SPLIT_KEYS
+        if problem.key_length <= LONG_LENGTH * splits:
+            options &= ~tiles.LONG_SUMS
     tile = tiles.forward_sm90(dims, options, problem.query_length)
     if tile is None:
         log.info("forward: the sm90 family has no tile for these options; taken by the sm80 family")
         return None
-    packed = argument(problem, views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 2))
-    record = numpy.frombuffer(packed, LAYOUT)[0]
-    rows = {"q": (problem.query_length, tile.query_tile), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
-    maps = [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
+    numbers = {"sweep_heads": _sweep_forward(problem, dims, 2), "splits": splits}
+    record = numpy.frombuffer(argument(problem, views, alignment=alignment), LAYOUT)[0]
+    rows = {"q": (problem.query_length, 64), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
+    staged_tile = tiles.forward_sm90(dims, options | tiles.STAGED_BIAS, problem.query_length)
+    if "bias chunks" in alignment and staged_tile is not None:
+        bias_rows = problem.bias.shape[-2]
+        bias = {"bias": (bias_rows, 64 if bias_rows > 1 else 1)}
+        if _maps_of(problem, record, bias)[0] is not None:
+            tile, rows, options = staged_tile, rows | bias, options | tiles.STAGED_BIAS
+            rows |= dict.fromkeys(("k", "v"), (problem.key_length, tile.key_tile))
+            if numbers["sweep_heads"] == 1 and not record["bias"]["batch_stride"].any():
+                numbers["batches_together"] = math.prod(problem.batch)
+    maps = _maps_of(problem, record, rows)
     if None in maps:
         log.info("forward: TMA cannot read these strides; taken by the sm80 family")
         return None
+    packed = argument(problem, views, alignment=alignment, **numbers)
     shared_bytes = tile.shared_bytes(dims, options)
     kernel = modules.kernel(tile.file, tile.name(problem.precision, dims, options), shared_bytes, problem.device)
-    all_tiles, most = _query_tiles(problem, tile), multiprocessors(problem.device)
-    uneven = problem.right is not None or problem.left is not None or options & (tiles.PACKED | tiles.LENGTHS)
+    all_tiles, most = _query_tiles(problem, tile) * splits, multiprocessors(problem.device)
+    uneven = problem.right is not None or problem.left is not None or options & (tiles.PACKED | tiles.LENGTHS | tiles.SPLIT_KEYS)
     tensor_maps = tensormap.TensorMaps(problem.precision, maps)
-    return Launch(kernel, min(all_tiles, most), tile.threads, shared_bytes, packed, tensor_maps, counts=all_tiles > most and bool(uneven))
+    main = Launch(kernel, min(all_tiles, most), tile.threads, shared_bytes, packed, tensor_maps, counts=all_tiles > most and bool(uneven), mapped=tuple(rows))
+    if splits < 2:
+        return main
+    rows = math.prod(problem.lead) * problem.query_length
+    kernel = modules.kernel("forward_combine.cu", f"forward_combine<{tiles.PRECISIONS[problem.precision]}, {dims[1]}>", 0, problem.device)
+    return SplitForward(main, Launch(kernel, rows, 128, 0, packed), (splits, rows, dims[1]))
+
+
+def _splits_of_keys(problem, dims, options):
+    """In how many parts blocks that would have nothing to do share out the keys of each query tile."""
+    tile = tiles.forward_sm90(dims, (options | tiles.SPLIT_KEYS) & ~tiles.LONG_SUMS, problem.query_length)
+    if tile is None or options & (tiles.PACKED | tiles.SINKS):
+        return 1
+    query_tiles, most = _query_tiles(problem, tile), multiprocessors(problem.device)
+    if 2 * query_tiles > most:
+        return 1
+    return max(1, min(most // query_tiles, -(-problem.key_length // tile.key_tile) // 4))  # a part is worth some key tiles
+
+
+class SplitForward:
+    """Two launches: parts of the keys, and their sum."""
+
+    def __init__(self, main, combine, shape):
+        self.main, self.combine, self.shape, self.counts = main, combine, shape, main.counts
+
+    def __call__(self, words):
+        out, lse = cupy.empty(self.shape, cupy.float32), cupy.empty(self.shape[:2], cupy.float32)
+        words = words | {"partial_out": out.data.ptr, "partial_lse": lse.data.ptr}
+        self.main(words)
+        self.combine(words)
+
+
+def _heads_as_rows(problem, views):
+    """One query that sees all keys, of several heads that share theirs: the heads become rows of one, so that keys and values are read once for all of them."""
+    group = problem.heads // problem.key_heads
+    bounded = problem.left is not None or (problem.right is not None and problem.offset is not None and not _sees_all(problem))
+    arrays = problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths
+    if problem.query_length != 1 or group < 2 or problem.value_heads != problem.key_heads or problem.query_heads != problem.heads or bounded:
+        return problem, views
+    if problem.sequences or problem.dropout or any(array is not None for array in arrays):
+        return problem, views
+    views = dict(views)
+    for name in ("q", "out", "lse"):
+        lead, strides, trailing, columns = views[name]
+        views[name] = (*lead[:-1], problem.key_heads), (*strides[:-1], strides[-1] * group), (strides[-1], *trailing[1:]), columns
+    heads = problem.key_heads
+    own = {"heads": heads, "lead": (*problem.batch, heads), "query_heads": heads, "query_length": group, "right": None, "offset": 0}
+    return dataclasses.replace(problem, **own), views
+
+
+def _sees_all(problem):
+    """Whether the bound to the right hides no key of the first query."""
+    return isinstance(problem.offset, int) and problem.offset + problem.right >= problem.key_length - 1
 
 
 def _query_tiles(problem, tile):
@@ -289,7 +358,7 @@ class BackwardPlan:
     """The launches of a backward pass and the buffers between them."""
 
     def __init__(self, problem, views, alignment):
-        self.dims = dims = tiles.head_dims(problem.head_dim, problem.value_dim)
+        dims = tiles.head_dims(problem.head_dim, problem.value_dim)
         precision, device = problem.precision, problem.device
         size, limit = tiles.element_bytes(precision), shared_limit(device)
         options = options_of(problem)
@@ -297,10 +366,20 @@ class BackwardPlan:
         options &= ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
 
-        main = tiles.choose(tiles.backward_table(options), precision, dims, limit)
+        main, maps = tiles.choose(tiles.backward_table(options), precision, dims, limit), None
+        if family(device)[0] == "sm90" and size == 2 and problem.key_length and problem.query_length:
+            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options, not problem.deterministic)
+            maps = None if own is None else _maps_of_backward(problem, views, own[0])
+            if maps is not None:
+                main, dims = own
+            else:
+                log.info(
+                    "backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else "TMA cannot read these strides"
+                )
+        self.dims = dims
         # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
         self.separate_dq = problem.deterministic or not main.query_gradient
-        if self.separate_dq:
+        if self.separate_dq and maps is None:
             main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
         bias_tile = None if problem.bias is None else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
@@ -344,6 +423,8 @@ class BackwardPlan:
             return
         name = main.name(precision, dims, options, not self.separate_dq)
         self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size))
+        if maps is not None:
+            self.main.maps, self.main.mapped = maps, ("q", "k", "v", "dout")
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
@@ -374,6 +455,19 @@ class BackwardPlan:
         name, shared_bytes = tile.name(problem.precision, self.dims, options), tile.shared_bytes(self.dims, size)
         kernel = modules.kernel(tile.file, name, shared_bytes, problem.device)
         self.bias = Launch(kernel, blocks * splits, tile.threads, shared_bytes, packed)
+
+
+def _maps_of(problem, record, rows):
+    """Views for tensor maps of the arrays of an argument, `rows`: name -> (rows, rows of a box); None for each that TMA cannot read."""
+    return [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
+
+
+def _maps_of_backward(problem, views, tile):
+    """The tensor maps of q, k, v and dout, or None where TMA cannot read one."""
+    record = numpy.frombuffer(argument(problem, views), LAYOUT)[0]
+    queries, keys = (problem.query_length, tile.query_tile), (problem.key_length, tile.key_tile)
+    maps = _maps_of(problem, record, {"q": queries, "k": keys, "v": keys, "dout": queries})
+    return None if None in maps else tensormap.TensorMaps(problem.precision, maps)
 
 
 def contiguous_layout(shape):

@@ -17,10 +17,10 @@ HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 
 PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
 
 # As kernels/score.cuh has them.
-OPTIONS = tuple(1 << bit for bit in range(13))
-SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS = OPTIONS
+OPTIONS = tuple(1 << bit for bit in range(14))
+SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS
 OPTION_NAMES = ("SCALE_FIRST", "LONG_SUMS", "WINDOW", "PACKED", "LENGTHS", "SOFTCAP", "BIAS", "BIAS_FLOAT32", "MASK", "ALIBI", "DROPOUT", "SINKS")
-OPTION_NAMES += ("STAGED_BIAS",)
+OPTION_NAMES += ("STAGED_BIAS", "SPLIT_KEYS")
 
 
 def head_dims(head_dim, value_dim, available=HEAD_DIMS):
@@ -104,8 +104,9 @@ class ForwardSm90Tile(_Parameters):
     def shared_bytes(self, dims, options=0):
         query_columns, value_columns = (-(-dim // 64) * 64 for dim in dims)
         totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
+        bias = 2 * self.query_tile * self.key_tile * 2 if options & STAGED_BIAS else 0
         tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
-        return tiles + totals + 2 * 256 + 8 * (7 + 4 * self.stages)
+        return tiles + bias + totals + 2 * 256 + 8 * (9 + 2 * self.warpgroups + 4 * self.stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,22 @@ class BackwardTile(_Tile):
     def name(self, precision, dims, options, query_gradient):
         shape = (self.warps, self.row_tiles, self.column_groups, self.query_tile, self.stages, self.score_tiles, self.dq_row_tiles)
         return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *shape, query_gradient, self.blocks_per_sm)}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardSm90Tile:
+    query_tile: int
+    query_stages: int
+    output_stages: int  # of dO
+
+    kernel, file, threads, key_tile, query_gradient = "backward_sm90", "backward_sm90.cu", 384, 128, True
+
+    def shared_bytes(self, dims, size=2):
+        rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 2 * self.key_tile)
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8
+
+    def name(self, precision, dims, options, query_gradient):
+        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self), query_gradient)}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,35 +231,54 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
 }
-# The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 8,192 steps. Not timed: 96, (192, 128)
-# and 192, calls of 128 queries and fewer, and the two tables for several options and LONG_SUMS.
+# The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
+# 96, (192, 128) and 192, and the tables for options and LONG_SUMS.
 FORWARD_SM90 = {
-    64: [(128, ForwardSm90Tile(2, 128, 3)), (1024, ForwardSm90Tile(4, 64, 4)), (math.inf, ForwardSm90Tile(3, 128, 3))],
-    96: [(128, ForwardSm90Tile(2, 128, 2)), (math.inf, ForwardSm90Tile(3, 80, 3))],
-    128: [(128, ForwardSm90Tile(2, 128, 2)), (512, ForwardSm90Tile(3, 64, 4)), (math.inf, ForwardSm90Tile(3, 80, 3))],
-    (192, 128): [(math.inf, ForwardSm90Tile(3, 80, 2))],
-    192: [(math.inf, ForwardSm90Tile(2, 112, 2))],
-    256: [(math.inf, ForwardSm90Tile(2, 80, 2))],
+    64: [(3072, ForwardSm90Tile(4, 64, 4)), (math.inf, ForwardSm90Tile(3, 128, 3))],
+    96: [(math.inf, ForwardSm90Tile(3, 64, 4))],
+    128: [(math.inf, ForwardSm90Tile(3, 64, 5))],
+    (192, 128): [(math.inf, ForwardSm90Tile(3, 64, 3))],
+    192: [(math.inf, ForwardSm90Tile(2, 96, 2))],
+    256: [(1024, ForwardSm90Tile(2, 64, 2)), (math.inf, ForwardSm90Tile(2, 80, 2))],
 }
-# With options: fewer registers are left.
-FORWARD_SM90_WITH_OPTION = {dims: [row[-1]] for dims, row in FORWARD_SM90.items()}
+# With an option that changes scores: smaller tiles leave it registers. The random numbers of DROPOUT are for 32 keys at a time.
+FORWARD_SM90_WITH_OPTION = FORWARD_SM90 | {64: [(math.inf, ForwardSm90Tile(3, 128, 3))], 256: [(math.inf, ForwardSm90Tile(2, 64, 2))]}
 FORWARD_SM90_WITH_OPTIONS = {
     64: [(math.inf, ForwardSm90Tile(2, 128, 3))],
-    96: [(math.inf, ForwardSm90Tile(2, 112, 2))],
-    128: [(math.inf, ForwardSm90Tile(2, 112, 2))],
+    96: [(math.inf, ForwardSm90Tile(2, 96, 2))],
+    128: [(math.inf, ForwardSm90Tile(2, 96, 2))],
     (192, 128): [(math.inf, ForwardSm90Tile(2, 96, 2))],
-    192: [(math.inf, ForwardSm90Tile(2, 80, 2))],
+    192: [(math.inf, ForwardSm90Tile(2, 64, 2))],
     256: [(math.inf, ForwardSm90Tile(2, 64, 2))],
 }
 # LONG_SUMS: the totals take shared memory; where there is not enough the sm80 family takes the call.
 FORWARD_SM90_LONG_SUMS = {
     64: [(math.inf, ForwardSm90Tile(3, 128, 3))],
-    96: [(math.inf, ForwardSm90Tile(3, 80, 2))],
+    96: [(math.inf, ForwardSm90Tile(3, 64, 2))],
     128: [(math.inf, ForwardSm90Tile(3, 80, 2))],
     (192, 128): [],
     192: [],
     256: [],
 }
+# STAGED_BIAS and no other change of scores.
+FORWARD_SM90_STAGED_BIAS = {
+    64: [(math.inf, ForwardSm90Tile(4, 64, 4))],
+    96: [(math.inf, ForwardSm90Tile(3, 64, 3))],
+    128: [(math.inf, ForwardSm90Tile(3, 64, 4))],
+    (192, 128): [(math.inf, ForwardSm90Tile(3, 64, 2))],
+    192: [(math.inf, ForwardSm90Tile(2, 64, 2))],
+    256: [(math.inf, ForwardSm90Tile(2, 64, 2))],
+}
+# SPLIT_KEYS, few queries: their time is that of reading keys and values; the totals of LONG_SUMS fit too.
+FORWARD_SM90_SPLIT_KEYS = {
+    64: [(math.inf, ForwardSm90Tile(1, 128, 5))],
+    96: [(math.inf, ForwardSm90Tile(1, 64, 5))],
+    128: [(math.inf, ForwardSm90Tile(1, 80, 4))],
+    (192, 128): [(math.inf, ForwardSm90Tile(1, 64, 4))],
+    192: [(math.inf, ForwardSm90Tile(1, 64, 3))],
+    256: [(math.inf, ForwardSm90Tile(1, 64, 2))],
+}
+BACKWARD_SM90 = {(64, 64): BackwardSm90Tile(128, 2, 2), (128, 128): BackwardSm90Tile(64, 2, 2)}
 # Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
     "16-bit": {
@@ -325,7 +361,7 @@ BACKWARD_BIAS = {
 
 
 # Options that say which scores there are; the others change them one by one.
-_WHICH_SCORES = WINDOW | PACKED | LENGTHS | SINKS
+_WHICH_SCORES = WINDOW | PACKED | LENGTHS | SINKS | SPLIT_KEYS
 
 
 def _changes_of_scores(options):
@@ -347,15 +383,29 @@ def backward_table(options, with_dq=True):
 
 def forward_sm90(dims, options, queries):
     """The tile of the sm90 family for a call, or None where the sm80 family has to take it."""
-    changes = _changes_of_scores(options & ~LONG_SUMS)
-    if options & LONG_SUMS:
+    changes = _changes_of_scores(options & ~LONG_SUMS & ~SPLIT_KEYS)
+    if options & SPLIT_KEYS and queries <= 64:
+        table = FORWARD_SM90_SPLIT_KEYS
+    elif options & STAGED_BIAS:
+        table = FORWARD_SM90_STAGED_BIAS if changes == 1 and not options & (LONG_SUMS | BIAS_FLOAT32 | SPLIT_KEYS) else {}
+    elif options & LONG_SUMS:
         table = FORWARD_SM90_LONG_SUMS if changes == 0 else {}
     elif changes > 1 or options & MASK:
         table = FORWARD_SM90_WITH_OPTIONS
     else:
-        table = FORWARD_SM90_WITH_OPTION if options else FORWARD_SM90
+        table = FORWARD_SM90_WITH_OPTION if changes else FORWARD_SM90
     rows = table.get(dims) or table.get(max(dims), [])
     return next((tile for most, tile in rows if queries <= most), None)
+
+
+def backward_sm90(head_dim, value_dim, options, with_dq=True):
+    """(tile, dims) of the sm90 family for dK and dV, and dQ; or None where the sm80 family has to take it."""
+    dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
+    if dims == (64, 64):  # what leaves enough registers
+        fits = options in (0, SCALE_FIRST, LENGTHS)
+    else:
+        fits = _changes_of_scores(options) < 2 and not options & (SOFTCAP if with_dq else SOFTCAP | BIAS | MASK)
+    return (BACKWARD_SM90[dims], dims) if dims and fits else None
 
 
 def row(table, precision, dims):

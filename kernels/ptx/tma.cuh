@@ -13,5 +13,10 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, int c
                :: "r"(target), "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(outer_batch), "r"(barrier) : "memory");
 }
 
+// `bytes` in one piece, a multiple of 16 as both addresses are.
+__device__ __forceinline__ void load_bytes(u32 target, const void* source, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
+}
+
 // What threads wrote to shared memory becomes visible to bulk copies and wgmma.
 __device__ __forceinline__ void fence_for_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

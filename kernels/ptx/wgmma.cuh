@@ -26,7 +26,7 @@ template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i]) :: "memory");
 }
 
-// multiply_shared: A and B from shared memory, both along k. multiply_registers: A from registers, B across k. ADD: to D as it is, else to zero.
+// multiply_shared: A and B from shared memory, both along k (multiply_shared_across_k: both across). multiply_registers: A from registers, B across k. ADD: to D as it is, else to zero.
 template <int PRECISION, int N> struct Wgmma;
 
 #define CUFLASH_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
@@ -69,6 +69,10 @@ template <int PRECISION, int N> struct Wgmma;
     template <bool ADD> static __device__ __forceinline__ void multiply_shared(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {             \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
                    "}, %" #R0 ", %" #R1 ", add, 1, 1, 0, 0;\n}" : CUFLASH_D_##N : "l"(a), "l"(b), "n"((int)ADD));                                              \
+    }                                                                                                                                                          \
+    template <bool ADD> static __device__ __forceinline__ void multiply_shared_across_k(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {    \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
+                   "}, %" #R0 ", %" #R1 ", add, 1, 1, 1, 1;\n}" : CUFLASH_D_##N : "l"(a), "l"(b), "n"((int)ADD));                                              \
     }                                                                                                                                                          \
     template <bool ADD> static __device__ __forceinline__ void multiply_registers(float (&d)[N / 8][4], const u32 (&a)[4], unsigned long long b) {             \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \

@@ -1,0 +1,297 @@
+// Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and with QUERY_GRADIENT what each key block adds to dQ. After
+// FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) and its sources' order of products.
+//
+//   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//   Q, dQ (batch, heads, queries, HEAD_DIM), dO (.., queries, VALUE_DIM), K, dK (.., keys, HEAD_DIM), V, dV (.., keys, VALUE_DIM); options as in backward_sm80.cu
+//
+// A block owns 128 keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share the key
+// head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
+// the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of the tile's dQ and adds it to
+// dq_sum in device memory. A thread of warpgroup 2 issues all copies.
+//
+// Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
+//   K | V | Q_STAGES x Q | DO_STAGES x dO | 2 x dSᵀ  128 keys x QUERY_TILE | Q_STAGES x lse | DO_STAGES x D | barriers
+//
+// Order of waits: Q and lse full -> Sᵀ issued -> dO and D full -> dPᵀ issued -> Sᵀ done -> Pᵀ, dV issued -> dPᵀ done -> dSᵀ into memory -> both warpgroups have
+// written (named barrier) -> dQ, dK issued -> dV and dQ done, dO empty -> dQ added -> dK done, Q empty. dSᵀ has two places in turn: who writes one has waited for the
+// other warpgroup after its dQ of the step before the last.
+#include "forward_rows.cuh"
+#include "key_block.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/wgmma.cuh"
+#include "ring.cuh"
+
+struct BackwardTensorMaps { TensorMap q, k, v, dout; };
+
+template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES> struct BackwardSm90Tiles {
+  static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
+  static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, SCORE_BOXES = QUERY_TILE / 64;
+  static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, SCORE_BYTES = SCORE_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
+  static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, SCORES = DO + DO_STAGES * DO_BYTES;
+  static constexpr int LSE = SCORES + 2 * SCORE_BYTES, D = LSE + Q_STAGES * ROW_BYTES, KEYS_FULL = D + DO_STAGES * ROW_BYTES;
+  static constexpr int Q_FULL = KEYS_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
+  static constexpr int SHARED_BYTES = DO_EMPTY + 8 * DO_STAGES;
+  // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
+  static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
+  static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS % 64 == 0, "operands are whole boxes");
+};
+
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool QUERY_GRADIENT>
+__global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
+  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, Q_STAGES, DO_STAGES>;
+  using Element = typename ElementOf<PRECISION>::type;
+  using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = shared_address(shared);
+  const int warpgroup = uniform(threadIdx.x / 128);
+
+  if (threadIdx.x == 0) {
+    barrier_init(base + Tiles::KEYS_FULL, 1);
+    for (int stage = 0; stage < Q_STAGES; ++stage) barrier_init(base + Tiles::Q_FULL + 8 * stage, 1), barrier_init(base + Tiles::Q_EMPTY + 8 * stage, 8);
+    for (int stage = 0; stage < DO_STAGES; ++stage) barrier_init(base + Tiles::DO_FULL + 8 * stage, 1), barrier_init(base + Tiles::DO_EMPTY + 8 * stage, 8);
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (warpgroup == Tiles::WARPGROUPS) {
+    give_registers<Tiles::LOADING_REGISTERS>();
+    if (threadIdx.x % 128 != 0) return;
+    const Block block(problem, blockIdx.x);
+    if (!block.exists()) return;
+    Place place = block.place;
+    const int first_key = block.sequence.first_key + block.first_key;
+    BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::KEYS_FULL, Tiles::V_BOXES * Tiles::KEY_BOX);
+    BoxPlace(problem.v, place).load_announced<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::KEYS_FULL);
+    Ring<Q_STAGES> q_ring;
+    Ring<DO_STAGES> do_ring;
+    for (int head = 0; head < problem.heads_per_block; ++head, ++place.head) {
+      const i64 first_row = block.sequence.padded_row(problem, place);
+      const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
+#pragma unroll 1
+      for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+        const int row = block.sequence.first_query + tile * QUERY_TILE;
+        q_ring.wait_empty(base + Tiles::Q_EMPTY);
+        u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
+        q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
+        load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
+        q_ring.advance();
+        do_ring.wait_empty(base + Tiles::DO_EMPTY);
+        full = base + Tiles::DO_FULL + 8 * do_ring.stage;
+        do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
+        load_bytes(base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES, problem.row_d + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
+        do_ring.advance();
+      }
+    }
+    return;
+  }
+
+  take_registers<Tiles::COMPUTING_REGISTERS>();
+  const Block block(problem, blockIdx.x);
+  if (!block.exists()) return;
+  const int lane = threadIdx.x % 32, key_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+  auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
+  // Rows of a tile from `first` on hold other sequences, or what takes no part: a factor of 0 would not keep their NaN out. Each warpgroup clears them for itself.
+  auto clear_rows = [&](u32 tile, int boxes, int box_bytes, int first) {
+    for (int box = 0; box < boxes; ++box)
+      for (int at = max(first, 0) * 128 + (int)(threadIdx.x % 128) * 16; at < box_bytes; at += 128 * 16) store_shared_16_bytes(tile + box * box_bytes + at, make_uint4(0, 0, 0, 0));
+  };
+  auto cleared = [&] {
+    fence_for_async_proxy();
+    named_barrier_sync(2 + warpgroup, 128);
+  };
+
+  using Exp = Exponential<PRECISION>;
+  const Exp exponential(problem);
+  Ring<Q_STAGES> q_ring;
+  Ring<DO_STAGES> do_ring;
+  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {};
+  float p[1][QUERY_TILE / 8][4], ds[1][QUERY_TILE / 8][4];
+  int scores_place = 0;
+
+  barrier_wait(base + Tiles::KEYS_FULL, 0);
+  if constexpr ((OPTIONS & (PACKED | LENGTHS)) != 0) {
+    const int keys = block.sequence.seen() - block.first_key;
+    if (keys < Tiles::KEY_TILE) {
+      clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, keys);
+      clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, keys);
+      cleared();
+    }
+  }
+
+#pragma unroll 1
+  for (int head = 0; head < problem.heads_per_block; ++head) {
+    Place place = block.place;
+    place.head += head;
+    const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
+    float* dq_sum = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
+
+#pragma unroll 1
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
+      const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
+      const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
+      constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
+
+      q_ring.wait_full(base + Tiles::Q_FULL);
+      if (CLEARS && queries < QUERY_TILE) clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, queries), cleared();
+      {
+        const unsigned long long k = descriptor_along_k(base + Tiles::K + warpgroup * 64 * 128), q = descriptor_along_k(q_at);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < HEAD_DIM / 16; ++step) {
+          const int k_step = step / 4 * Tiles::KEY_BOX + step % 4 * 32, q_step = step / 4 * Tiles::QUERY_BOX + step % 4 * 32;
+          if (step == 0) Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<false>(p[0], k, q);
+          else Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<true>(p[0], k + (k_step >> 4), q + (q_step >> 4));
+        }
+        wgmma_commit();
+      }
+      do_ring.wait_full(base + Tiles::DO_FULL);
+      if (CLEARS && queries < QUERY_TILE) clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, queries), cleared();
+      {
+        const unsigned long long v = descriptor_along_k(base + Tiles::V + warpgroup * 64 * 128), dout = descriptor_along_k(do_at);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < VALUE_DIM / 16; ++step) {
+          const int v_step = step / 4 * Tiles::KEY_BOX + step % 4 * 32, do_step = step / 4 * Tiles::QUERY_BOX + step % 4 * 32;
+          if (step == 0) Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<false>(ds[0], v, dout);
+          else Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<true>(ds[0], v + (v_step >> 4), dout + (do_step >> 4));
+        }
+        wgmma_commit();
+      }
+
+      wgmma_wait<1>();
+      pin(p[0]);
+      float derivative[1][QUERY_TILE / 8][4];   // SOFTCAP alone
+      if constexpr (Score<PRECISION, OPTIONS>::CHANGES) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, derivative);
+      const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
+#pragma unroll
+      for (int n = 0; n < QUERY_TILE / 8; ++n) {
+        u32 lse[2];
+        load_shared(lse[0], lse[1], lse_at + n * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[i % 2]));
+      }
+      if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block.first_key))
+        block.visible.template hide<true, 1, QUERY_TILE>(p, lane_key, lane_query, 0.0f);
+      if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
+        Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, QUERY_TILE>(
+            problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+
+      u32 words[QUERY_TILE / 16][4];
+      auto multiply_p_do = [&] {   // dV += Pᵀ dO
+#pragma unroll
+        for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float weight[2] = {p[0][n][2 * half], p[0][n][2 * half + 1]};
+            if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
+            words[n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
+          }
+        const unsigned long long dout = descriptor_across_k(do_at, Tiles::QUERY_BOX);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < QUERY_TILE / 16; ++step) Wgmma<PRECISION, VALUE_DIM>::template multiply_registers<true>(dv, words[step], dout + (step * 2048 >> 4));
+        wgmma_commit();
+      };
+      constexpr bool DV_FIRST = QUERY_TILE == 64;   // it then runs beside the arithmetic on dS; larger tiles leave no registers for that
+      if constexpr (DV_FIRST) multiply_p_do();
+
+      wgmma_wait<DV_FIRST>();
+      pin(ds[0]);
+      u32 ds_words[QUERY_TILE / 16][4];
+      const u32 scores_at = base + Tiles::SCORES + scores_place * Tiles::SCORE_BYTES;
+#pragma unroll
+      for (int n = 0; n < QUERY_TILE / 8; ++n) {
+        u32 d[2];
+        load_shared(d[0], d[1], d_at + n * 32);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float x[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float weight = p[0][n][2 * half + i];
+            if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= derivative[0][n][2 * half + i];
+            x[i] = gradient_of_score<OPTIONS>(problem, weight, ds[0][n][2 * half + i], __uint_as_float(d[i]));
+          }
+          const u32 word = ds_words[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
+          if constexpr (QUERY_GRADIENT) {
+            const int row = key_row + half * 8 + lane / 4;
+            store_shared(scores_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+          }
+        }
+      }
+
+      if constexpr (!DV_FIRST) multiply_p_do();
+      float dq[Tiles::DQ_COLUMNS / 8][4];
+      if constexpr (QUERY_GRADIENT) {
+        fence_for_async_proxy();
+        named_barrier_sync(1, Tiles::WARPGROUPS * 128);
+        const u32 rows_at = QUERY_TILE == 128 ? scores_at + warpgroup * Tiles::KEY_BOX : scores_at, columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
+        const unsigned long long a = descriptor_across_k(uniform(rows_at), Tiles::KEY_BOX), k = descriptor_across_k(uniform(columns_at), Tiles::KEY_BOX);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < Tiles::KEY_TILE / 16; ++step) {
+          if (step == 0) Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<false>(dq, a, k);
+          else Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<true>(dq, a + (step * 2048 >> 4), k + (step * 2048 >> 4));
+        }
+        wgmma_commit();
+        scores_place ^= 1;
+      }
+      {
+        const unsigned long long q = descriptor_across_k(q_at, Tiles::QUERY_BOX);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < QUERY_TILE / 16; ++step) Wgmma<PRECISION, HEAD_DIM>::template multiply_registers<true>(dk, ds_words[step], q + (step * 2048 >> 4));
+        wgmma_commit();
+      }
+
+      wgmma_wait<1>();
+      pin(dv);
+      arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
+      do_ring.advance();
+      if constexpr (QUERY_GRADIENT) {
+        pin(dq);
+        const int row = (QUERY_TILE == 128 ? warpgroup * 64 : 0) + threadIdx.x % 128 / 32 * 16 + lane / 4, column = QUERY_TILE == 128 ? 0 : warpgroup * Tiles::DQ_COLUMNS;
+        float* target = dq_sum + (i64)(first_query + row) * HEAD_DIM + column + lane % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + half * 8 * HEAD_DIM + n * 8, dq[n][2 * half], dq[n][2 * half + 1]);
+      }
+      wgmma_wait<0>();
+      pin(dk);
+      arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
+      q_ring.advance();
+    }
+  }
+
+  // dK and dV leave from the registers; where the host sums parts, as float32 rows as wide as the kernel's.
+  Place target = block.place;
+  if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
+  const int row = key_row + lane / 4, rows = block.sequence.keys - block.first_key;
+  const i64 first_row = block.sequence.first_key + block.first_key;
+  auto store = [&](auto& d, const Array& array, float factor) {
+    constexpr int COUNT = sizeof(d) / 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool takes_part = !(OPTIONS & LENGTHS) || block.first_key + row + half * 8 < block.sequence.seen();   // else 0, whatever NaN of the others came by
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
+    }
+    if (problem.partial) {
+      float* to = target.rows<float>(array) + first_row * array.row_stride;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (row + half * 8 < rows) {
+#pragma unroll
+          for (int n = 0; n < COUNT; ++n) *(float2*)(to + (row + half * 8) * array.row_stride + n * 8 + lane % 4 * 2) = make_float2(d[n][2 * half], d[n][2 * half + 1]);
+        }
+    } else {
+      store_output<PRECISION, COUNT * 8>(d, target.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
+    }
+  };
+  store(dk, problem.dk, problem.scale);
+  store(dv, problem.dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f);
+}

@@ -1,0 +1,27 @@
+// The keys that a block of a backward kernel owns.
+#pragma once
+#include "score.cuh"
+
+// Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
+template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
+  Schedule schedule;
+  Place place;    // of the first of the block's query heads; any of them finds the key head
+  TileOfSequence slot;
+  Sequence<OPTIONS> sequence;
+  Visible<OPTIONS> visible;
+  int first_key;                 // of the sequence
+  int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
+
+  __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
+      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
+        visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
+    place.head *= problem.heads_per_block;
+    const int first_query = visible.query_begin(first_key);
+    const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
+    first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
+    last_tile = ceil_div(visible.query_end(min(first_key + KEY_TILE, visible.keys) - 1), QUERY_TILE);
+  }
+
+  // An empty slot has no keys.
+  __device__ __forceinline__ bool exists() const { return !(OPTIONS & PACKED) || (first_key >= 0 && first_key < sequence.keys); }
+};
