@@ -18,12 +18,6 @@ from bench.peers import CuDNN, FlashAttention2, FlashAttention3
 TOKENS = 16384
 
 
-def normal(*shape):
-    import cupy
-
-    return cupy.random.RandomState(0).standard_normal(shape, dtype=np.float32).astype(ml_dtypes.bfloat16)
-
-
 def peers():
     """Those that can be imported."""
     for peer in (FlashAttention3, FlashAttention2, CuDNN):
@@ -82,6 +76,10 @@ def main(argv=None):
     if not cp.cuda.is_available():
         raise SystemExit("bench.shapes measures the GPU kernels, and CuPy sees no GPU")
     present = list(peers())
+    random = cp.random.RandomState(0)
+
+    def normal(*shape):
+        return random.standard_normal(shape, dtype=np.float32).astype(ml_dtypes.bfloat16)
 
     def shared(arrays):
         return [(peer, [peer.share(array) for array in arrays]) for peer in present]

@@ -91,10 +91,6 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   const int lane = threadIdx.x % 32, key_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
   // Rows of a tile from `first` on hold other sequences, or what takes no part: a factor of 0 would not keep their NaN out. Each warpgroup clears them for itself.
-  auto clear_rows = [&](u32 tile, int boxes, int box_bytes, int first) {
-    for (int box = 0; box < boxes; ++box)
-      for (int at = max(first, 0) * 128 + (int)(threadIdx.x % 128) * 16; at < box_bytes; at += 128 * 16) store_shared_16_bytes(tile + box * box_bytes + at, make_uint4(0, 0, 0, 0));
-  };
   auto cleared = [&] {
     fence_for_async_proxy();
     named_barrier_sync(2 + warpgroup, 128);
@@ -112,8 +108,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   if constexpr ((OPTIONS & (PACKED | LENGTHS)) != 0) {
     const int keys = block.sequence.seen() - block.first_key;
     if (keys < Tiles::KEY_TILE) {
-      clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, keys);
-      clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, keys);
+      clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
+      clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
       cleared();
     }
   }
@@ -133,31 +129,11 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
 
       q_ring.wait_full(base + Tiles::Q_FULL);
-      if (CLEARS && queries < QUERY_TILE) clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, queries), cleared();
-      {
-        const unsigned long long k = descriptor_along_k(base + Tiles::K + warpgroup * 64 * 128), q = descriptor_along_k(q_at);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; ++step) {
-          const int k_step = step / 4 * Tiles::KEY_BOX + step % 4 * 32, q_step = step / 4 * Tiles::QUERY_BOX + step % 4 * 32;
-          if (step == 0) Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<false>(p[0], k, q);
-          else Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<true>(p[0], k + (k_step >> 4), q + (q_step >> 4));
-        }
-        wgmma_commit();
-      }
+      if (CLEARS && queries < QUERY_TILE) clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0)), cleared();
+      multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, q_at);
       do_ring.wait_full(base + Tiles::DO_FULL);
-      if (CLEARS && queries < QUERY_TILE) clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, queries), cleared();
-      {
-        const unsigned long long v = descriptor_along_k(base + Tiles::V + warpgroup * 64 * 128), dout = descriptor_along_k(do_at);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < VALUE_DIM / 16; ++step) {
-          const int v_step = step / 4 * Tiles::KEY_BOX + step % 4 * 32, do_step = step / 4 * Tiles::QUERY_BOX + step % 4 * 32;
-          if (step == 0) Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<false>(ds[0], v, dout);
-          else Wgmma<PRECISION, QUERY_TILE>::template multiply_shared<true>(ds[0], v + (v_step >> 4), dout + (do_step >> 4));
-        }
-        wgmma_commit();
-      }
+      if (CLEARS && queries < QUERY_TILE) clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0)), cleared();
+      multiply_rows<PRECISION, QUERY_TILE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(ds[0], base + Tiles::V + warpgroup * 64 * 128, do_at);
 
       wgmma_wait<1>();
       pin(p[0]);
@@ -187,11 +163,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
             if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
             words[n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
           }
-        const unsigned long long dout = descriptor_across_k(do_at, Tiles::QUERY_BOX);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < QUERY_TILE / 16; ++step) Wgmma<PRECISION, VALUE_DIM>::template multiply_registers<true>(dv, words[step], dout + (step * 2048 >> 4));
-        wgmma_commit();
+        multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words, do_at);
       };
       constexpr bool DV_FIRST = QUERY_TILE == 64;   // it then runs beside the arithmetic on dS; larger tiles leave no registers for that
       if constexpr (DV_FIRST) multiply_p_do();
@@ -237,13 +209,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         wgmma_commit();
         scores_place ^= 1;
       }
-      {
-        const unsigned long long q = descriptor_across_k(q_at, Tiles::QUERY_BOX);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < QUERY_TILE / 16; ++step) Wgmma<PRECISION, HEAD_DIM>::template multiply_registers<true>(dk, ds_words[step], q + (step * 2048 >> 4));
-        wgmma_commit();
-      }
+      multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds_words, q_at);
 
       wgmma_wait<1>();
       pin(dv);

@@ -14,7 +14,7 @@
 //
 // Order of waits. Everything shared goes in rings with two barriers a stage: full (written, or all bytes of its copies are there) and empty (every reader
 // arrived). A consumer, from key tile n - 1 to n:
-//   its turn (named barriers: the warpgroups issue products one after the other) -> issue S = Q K(n)ᵀ and O += P V(n - 1) -> next warpgroup's turn
+//   with two warpgroups its turn (named barriers: they issue products one after the other) -> issue S = Q K(n)ᵀ and O += P V(n - 1) -> the other's turn
 //   -> S done, K(n) empty -> K(n + 1) and V(n) full, while O += P V runs -> O done, V(n - 1) empty -> softmax of S gives P.
 #include "forward_rows.cuh"
 #include "ring.cuh"
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   }
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
-  constexpr bool TURNS = WARPGROUPS == 2;   // three and four find an order of their own
+  constexpr bool TURNS = WARPGROUPS == 2;
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + warpgroup, 256); };
@@ -241,31 +241,14 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       // Rows of V that take no part may hold anything, and a probability of 0 does not keep a NaN out. Each warpgroup clears them for itself.
       const int first = tile.block.sequence.seen() - n * KEY_TILE;
       if (first < KEY_TILE) {
-        for (int box = 0; box < Tiles::V_BOXES; ++box)
-          for (int at = first * 128 + (int)(threadIdx.x % 128) * 16; at < Tiles::KEY_BOX; at += 128 * 16) store_shared_16_bytes(v_at + box * Tiles::KEY_BOX + at, make_uint4(0, 0, 0, 0));
+        clear_rows(v_at, Tiles::V_BOXES, Tiles::KEY_BOX, first);
         fence_for_async_proxy();
         named_barrier_sync(5 + warpgroup, 128);
       }
     }
   };
-  auto multiply_q_k = [&] {
-    const unsigned long long q = descriptor_along_k(base + warpgroup * Tiles::Q_BYTES), k = descriptor_along_k(k_at);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-      const int q_at = step / 4 * Tiles::Q_BOX + step % 4 * 32, k_at = step / 4 * Tiles::KEY_BOX + step % 4 * 32;
-      if (step == 0) Wgmma<PRECISION, KEY_TILE>::template multiply_shared<false>(scores[0], q, k);
-      else Wgmma<PRECISION, KEY_TILE>::template multiply_shared<true>(scores[0], q + (q_at >> 4), k + (k_at >> 4));
-    }
-    wgmma_commit();
-  };
-  auto multiply_p_v = [&] {
-    const unsigned long long v = descriptor_across_k(v_at, Tiles::KEY_BOX);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < KEY_TILE / 16; ++step) Wgmma<PRECISION, VALUE_DIM>::template multiply_registers<true>(output, p[step], v + (step * 2048 >> 4));
-    wgmma_commit();
-  };
+  auto multiply_q_k = [&] { multiply_rows<PRECISION, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], base + warpgroup * Tiles::Q_BYTES, k_at); };
+  auto multiply_p_v = [&] { multiply_words<PRECISION, VALUE_DIM, Tiles::KEY_BOX>(output, p, v_at); };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, int n) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
@@ -440,15 +423,13 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         for (int n = 0; n < VALUE_DIM / 8; ++n)
           *(float2*)(problem.partial_out + (part + row + half * 8) * VALUE_DIM + n * 8 + lane % 4 * 2) = make_float2(output[n][2 * half], output[n][2 * half + 1]);
       }
-      __syncwarp();
-      arrive(Tiles::TILE_EMPTY + 8 * tile_ring.stage);
-      continue;
-    }
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (lane % 4 == 0 && row + half * 8 < rows) place.template rows<float>(problem.lse)[(first_row + row + half * 8) * problem.lse.row_stride] = lse[half];
-    Element* out = place.template rows<Element>(problem.out) + first_row * problem.out.row_stride;
-    store_output<PRECISION, VALUE_DIM>(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
+      for (int half = 0; half < 2; ++half)
+        if (lane % 4 == 0 && row + half * 8 < rows) place.template rows<float>(problem.lse)[(first_row + row + half * 8) * problem.lse.row_stride] = lse[half];
+      Element* out = place.template rows<Element>(problem.out) + first_row * problem.out.row_stride;
+      store_output<PRECISION, VALUE_DIM>(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
+    }
     __syncwarp();
     arrive(Tiles::TILE_EMPTY + 8 * tile_ring.stage);
   }

@@ -31,3 +31,9 @@ struct BoxPlace {
     for (int box = 0; box < BOXES; ++box) load(map, target + box * BOX_BYTES, box * 64, row, barrier);
   }
 };
+
+// Rows of a tile from `first` on become 0, by the threads of a warpgroup.
+__device__ __forceinline__ void clear_rows(u32 tile, int boxes, int box_bytes, int first) {
+  for (int box = 0; box < boxes; ++box)
+    for (int at = first * 128 + (int)(threadIdx.x % 128) * 16; at < box_bytes; at += 128 * 16) store_shared_16_bytes(tile + box * box_bytes + at, make_uint4(0, 0, 0, 0));
+}

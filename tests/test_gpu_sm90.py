@@ -114,7 +114,7 @@ def test_biases_that_come_by_shared_memory(arrays, head_dim, shape, options, no_
 @pytest.mark.parametrize("slope", [-0.5, 0.001, 0.5, 100.0])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"offset": 5000}], ids=str)
 def test_slopes(arrays, options, slope, no_plans):
-    """Where the bias grows from tile to tile maxima are taken, elsewhere not; no score is too large either way."""
+    """Scores that grow or fall from tile to tile, slowly and fast."""
     q, k, v = arrays.qkv(500, 1500, 64, lead=(2, 4))
     check_forward(q, k, v, roundings=8, alibi_slopes=cupy.full(4, slope, numpy.float32), **options)
 

@@ -1,8 +1,10 @@
 """softcap, alibi_slopes and sinks: what they are, said in other ways than the reference says it; their forms."""
 
+import re
+
 import numpy
 import pytest
-from support import bits, check_call, to_numpy
+from support import ROOT, bits, check_call, to_numpy
 
 import cuflash
 
@@ -29,6 +31,25 @@ def assert_same(own, wanted, tolerance=2e-5):
 def test_softcap_by_the_criterion(every, softcap, scale):
     call, dlse = call_of(every)
     check_call(*call, dlse=dlse, softcap=softcap, scale=scale, roundings=16, both=True, **every.options)
+
+
+def test_a_tiny_softcap_leaves_scores_of_zero(every):
+    q, k, v = every.normal(20, 64), every.normal(30, 64), every.normal(30, 8)
+    q[...] = 0
+    out = to_numpy(cuflash.attention(q, k, v, softcap=2e-38, scale=10.0, **every.options))
+    numpy.testing.assert_allclose(out, numpy.broadcast_to(to_numpy(v).mean(0), out.shape), atol=1e-2)
+
+
+def test_tanh_by_a_polynomial():
+    """That of kernels/types.cuh, of twice its argument, is as good as is said there."""
+    line = next(line for line in (ROOT / "kernels" / "types.cuh").read_text().splitlines() if "y * fmaf(fmaf(fmaf(" in line)
+    coefficients = [numpy.float32(number) for number in re.findall(r"(-?\d+\.\d+)f", line)]
+    y = numpy.linspace(0, 2, 100_001, dtype=numpy.float32)[1:]
+    value = numpy.float32(0)
+    for coefficient in coefficients:
+        value = value * y * y + coefficient
+    assert len(coefficients) == 4
+    assert numpy.abs(y * value / numpy.tanh(y.astype(float) / 2) - 1).max() < 8.2e-5
 
 
 def test_a_large_softcap_is_none(arrays):

@@ -252,14 +252,20 @@ def warmup(dtypes, head_dims):
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
             dims = tiles.head_dims(head_dim, head_dim)
-            tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
-            forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
+            forward_tile, main, without_dq = (
+                tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ)
+            )
             if launch.family(device)[0] == "sm90" and size == 2:
                 own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_SM90)
                 row = [tile for _, tile in tiles.FORWARD_SM90[max(own)]]
                 wanted = [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own)) for tile in row]
+                backward = tiles.backward_sm90(head_dim, head_dim, 0)
+                if backward is not None:
+                    main, dims = backward
+                    without_dq = main
             else:
                 wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
+            query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
             if main.query_gradient:
                 wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
             wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]

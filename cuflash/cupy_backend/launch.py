@@ -157,7 +157,7 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "score_unit": unit,
         "score_unit_log2": unit / math.log(2),
         "inverse_unit": 1 / unit,
-        "softcap_scale": max(-LARGEST, min(LARGEST, problem.scale / problem.softcap)) if problem.softcap else 0.0,
+        "softcap_scale": max(-LARGEST / 2, min(LARGEST / 2, problem.scale / problem.softcap)) if problem.softcap else 0.0,  # kernels take it twice
     }
     values |= numbers
     for name in ("grid_places", "padded_queries"):
@@ -412,8 +412,8 @@ class BackwardPlan:
         rows = {"padded_queries": padded, "padding": padding}
         packed = argument(problem, {**views, **parts}, heads, alignment, partial=self.key_parts, sweep_heads=sweep_heads, **rows, **grid)
 
-        def launch(file, name, blocks, threads, shared_bytes=0, argument=packed):
-            return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument)
+        def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
+            return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
 
         row_blocks, kind = places * padded // ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
         zero = str(not self.separate_dq).lower()
@@ -422,9 +422,8 @@ class BackwardPlan:
         if not problem.key_length:
             return
         name = main.name(precision, dims, options, not self.separate_dq)
-        self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size))
-        if maps is not None:
-            self.main.maps, self.main.mapped = maps, ("q", "k", "v", "dout")
+        mapping = {} if maps is None else {"maps": maps, "mapped": ("q", "k", "v", "dout")}
+        self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size), **mapping)
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)

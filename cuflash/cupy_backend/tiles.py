@@ -47,9 +47,9 @@ class _Parameters:
     def file(self):
         return f"{self.kernel}.cu"
 
-    def name(self, precision, dims, options):
-        """The C++ name of an instance."""
-        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self))}>"
+    def name(self, precision, dims, options, *more):
+        """The C++ name of an instance; `more`: parameters after the tile's."""
+        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self), *more)}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +136,16 @@ class BackwardTile(_Tile):
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardSm90Tile:
+class BackwardSm90Tile(_Parameters):
     query_tile: int
     query_stages: int
     output_stages: int  # of dO
 
-    kernel, file, threads, key_tile, query_gradient = "backward_sm90", "backward_sm90.cu", 384, 128, True
+    kernel, threads, key_tile, query_gradient = "backward_sm90", 384, 128, True
 
     def shared_bytes(self, dims, size=2):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 2 * self.key_tile)
         return rows * 2 + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8
-
-    def name(self, precision, dims, options, query_gradient):
-        return f"{self.kernel}<{_arguments(PRECISIONS[precision], *dims, options, *dataclasses.astuple(self), query_gradient)}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +380,7 @@ def backward_table(options, with_dq=True):
 
 def forward_sm90(dims, options, queries):
     """The tile of the sm90 family for a call, or None where the sm80 family has to take it."""
-    changes = _changes_of_scores(options & ~LONG_SUMS & ~SPLIT_KEYS)
+    changes = _changes_of_scores(options & ~LONG_SUMS)
     if options & SPLIT_KEYS and queries <= 64:
         table = FORWARD_SM90_SPLIT_KEYS
     elif options & STAGED_BIAS:

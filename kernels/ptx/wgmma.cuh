@@ -84,7 +84,27 @@ template <int PRECISION, int N> struct Wgmma;
 CUFLASH_WGMMA_WIDTH(64, 32, 33, 34, 35, 36, 37)
 CUFLASH_WGMMA_WIDTH(80, 40, 41, 42, 43, 44, 45)
 CUFLASH_WGMMA_WIDTH(96, 48, 49, 50, 51, 52, 53)
-CUFLASH_WGMMA_WIDTH(112, 56, 57, 58, 59, 60, 61)
 CUFLASH_WGMMA_WIDTH(128, 64, 65, 66, 67, 68, 69)
 CUFLASH_WGMMA_WIDTH(192, 96, 97, 98, 99, 100, 101)
 CUFLASH_WGMMA_WIDTH(256, 128, 129, 130, 131, 132, 133)
+
+// D = A Bᵀ over DEPTH columns, both from shared memory, rows along k; 64 columns further lie a box on.
+template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  const unsigned long long a = descriptor_along_k(a_at), b = descriptor_along_k(b_at);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < DEPTH / 16; ++step) {
+    const int a_step = step / 4 * A_BOX + step % 4 * 32, b_step = step / 4 * B_BOX + step % 4 * 32;
+    if (step == 0) Wgmma<PRECISION, N>::template multiply_shared<false>(d, a, b);
+    else Wgmma<PRECISION, N>::template multiply_shared<true>(d, a + (a_step >> 4), b + (b_step >> 4));
+  }
+  wgmma_commit();
+}
+// D += A B, A from registers, B from shared memory, its rows k.
+template <int PRECISION, int N, int B_BOX, int STEPS> __device__ __forceinline__ void multiply_words(float (&d)[N / 8][4], const u32 (&a)[STEPS][4], u32 b_at) {
+  const unsigned long long b = descriptor_across_k(b_at, B_BOX);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) Wgmma<PRECISION, N>::template multiply_registers<true>(d, a[step], b + (step * 2048 >> 4));
+  wgmma_commit();
+}
