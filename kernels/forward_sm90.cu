@@ -153,9 +153,9 @@ template <typename Tile, typename Tiles, int WARPGROUPS, int KEY_TILE, typename 
   }
 }
 
-// Keys, or values: tile by tile, as far ahead as the ring allows. `WANTS`: asks the scheduler for the next query tile in time.
-template <typename Tile, typename Tiles, int KEY_TILE, int STAGES, int BOXES, bool WANTS>
-__device__ __forceinline__ void load_along_keys(const TensorMap& map, const Array& array, const u8* shared, u32 base, u32 target, u32 full, u32 empty) {
+// Keys, or values: tile by tile, as far ahead as the ring allows. `wants`: asks a scheduler that counts for the next query tile in time.
+template <typename Tile, typename Tiles, int KEY_TILE, int STAGES, int BOXES>
+__device__ __forceinline__ void load_along_keys(const TensorMap& map, const Array& array, const u8* shared, u32 base, u32 target, u32 full, u32 empty, bool wants) {
   prefetch_tensor_map(map);
   Ring<2> ring;
   Ring<STAGES> key_ring;
@@ -165,10 +165,10 @@ __device__ __forceinline__ void load_along_keys(const TensorMap& map, const Arra
     if (tile.last) return;
     const BoxPlace place(array, tile.block.place);
     const int begin = tile.keys.begin, end = tile.keys.end, first_key = tile.block.sequence.first_key;
-    if (WANTS && begin >= end) barrier_arrive(base + Tiles::TILE_WANTED);
+    if (wants && begin >= end) barrier_arrive(base + Tiles::TILE_WANTED);
 #pragma unroll 1
     for (int n = begin; n < end; ++n) {
-      if (WANTS && n == max(end - 3, begin)) barrier_arrive(base + Tiles::TILE_WANTED);
+      if (wants && n == max(end - 3, begin)) barrier_arrive(base + Tiles::TILE_WANTED);
       key_ring.wait_empty(base + empty);
       place.load_rows<BOXES, Tiles::KEY_BOX>(map, base + target + key_ring.stage * BOXES * Tiles::KEY_BOX, first_key + n * KEY_TILE, base + full + 8 * key_ring.stage);
       key_ring.advance();
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   if (warpgroup == WARPGROUPS) {
     if constexpr (WARPGROUPS > 1) give_registers<Tiles::LOADING_REGISTERS>();
     const int thread = threadIdx.x % 128;
-    if (thread == 0) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::Q_BOXES, true>(maps.k, problem.k, shared, base, Tiles::K, Tiles::K_FULL, Tiles::K_EMPTY);
-    if (thread == 32) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::V_BOXES, false>(maps.v, problem.v, shared, base, Tiles::V, Tiles::V_FULL, Tiles::V_EMPTY);
+    if (thread == 0) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::Q_BOXES>(maps.k, problem.k, shared, base, Tiles::K, Tiles::K_FULL, Tiles::K_EMPTY, problem.tile_counter != nullptr);
+    if (thread == 32) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::V_BOXES>(maps.v, problem.v, shared, base, Tiles::V, Tiles::V_FULL, Tiles::V_EMPTY, false);
     if (thread == 64) load_queries<Tile, Tiles, WARPGROUPS, KEY_TILE>(problem, maps, shared, base);
     if (thread == 96) schedule_query_tiles<Tile, Tiles, OPTIONS>(problem, shared, base);
     return;
