@@ -2,15 +2,15 @@
 //
 //   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
-//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 where the host sums parts
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 where the host sums parts; backward_finish_sm90: the same of backward_sm90's sums
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
-#include "score.cuh"
+#include "forward_rows.cuh"
 
-constexpr int LANES = 8, ROWS = 32;
+constexpr int LANES = 8;
 
 // The block's rows [first, first + ROWS) of a sequence, and where they lie among the padded rows.
-template <int OPTIONS> struct RowBlock {
+template <int OPTIONS, int ROWS = 32> struct RowBlock {
   Place place;
   int padded;   // of the place
   TileOfSequence slot;
@@ -62,7 +62,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
   }
   if constexpr (ZERO_DQ_SUM) {
     float4* dq_sum = (float4*)(problem.dq_sum + first * HEAD_DIM);
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 }
 
@@ -98,4 +98,24 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
         if (column + i < problem.dq.columns) to[column + i] = x[i];
     }
   }
+}
+
+// A block takes a query tile of the main kernel, whose eight warps left 16 rows x 64 columns of it each, in the order of their registers.
+template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ void __launch_bounds__(256) backward_finish_sm90(const __grid_constant__ Problem problem) {
+  using Element = typename ElementOf<PRECISION>::type;
+  const RowBlock<OPTIONS, QUERY_TILE> block(problem);
+  const Place& place = block.place;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16 % QUERY_TILE + lane / 4, first_column = warp * 16 / QUERY_TILE * 64, rows = block.sequence.queries - block.first;
+  if (block.first < 0 || rows <= 0) return;
+  const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + warp * 256 + lane;
+  float dq[8][4];
+#pragma unroll
+  for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dq[n][i] = block.first + row + i / 2 * 8 < block.sequence.seeing() ? dq[n][i] * problem.scale : 0.0f;   // else 0, whatever NaN of the others came by
+  const i64 first_row = block.sequence.first_query + block.first;
+  if (problem.partial) store_floats(dq, place.rows<float>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, lane);
+  else store_output<PRECISION, 64>(dq, place.rows<Element>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, problem.dq.columns - first_column, lane);
 }

@@ -10,7 +10,7 @@
 // dq_sum in device memory. A thread of warpgroup 2 issues all copies.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
-//   K | V | Q_STAGES x Q | DO_STAGES x dO | 2 x dSᵀ  128 keys x QUERY_TILE | Q_STAGES x lse | DO_STAGES x D | barriers
+//   K | V | Q_STAGES x Q | DO_STAGES x dO | 2 x dSᵀ  128 keys x QUERY_TILE | 2 x dQ slab, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
 //
 // Order of waits: Q and lse full -> Sᵀ issued -> dO and D full -> dPᵀ issued -> Sᵀ done -> Pᵀ, dV issued -> dPᵀ done -> dSᵀ into memory -> both warpgroups have
 // written (named barrier) -> dQ, dK issued -> dV and dQ done, dO empty -> dQ added -> dK done, Q empty. dSᵀ has two places in turn: who writes one has waited for the
@@ -25,15 +25,17 @@ struct BackwardTensorMaps { TensorMap q, k, v, dout; };
 
 template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES> struct BackwardSm90Tiles {
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
-  static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, SCORE_BOXES = QUERY_TILE / 64;
-  static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, SCORE_BYTES = SCORE_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
-  static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, SCORES = DO + DO_STAGES * DO_BYTES;
-  static constexpr int LSE = SCORES + 2 * SCORE_BYTES, D = LSE + Q_STAGES * ROW_BYTES, KEYS_FULL = D + DO_STAGES * ROW_BYTES;
-  static constexpr int Q_FULL = KEYS_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
-  static constexpr int SHARED_BYTES = DO_EMPTY + 8 * DO_STAGES;
+  static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
+  static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
+  static constexpr int DS_STAGES = 3;   // with two the warpgroups would walk in step
+  static constexpr bool SLABS = QUERY_TILE == 64;   // how dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers
+  static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
+  static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
+  static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
+  static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, SHARED_BYTES = DS_EMPTY + 8 * DS_STAGES;
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
-  static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS % 64 == 0, "operands are whole boxes");
+  static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
 };
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool QUERY_GRADIENT>
@@ -46,9 +48,15 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   const int warpgroup = uniform(threadIdx.x / 128);
 
   if (threadIdx.x == 0) {
-    barrier_init(base + Tiles::KEYS_FULL, 1);
-    for (int stage = 0; stage < Q_STAGES; ++stage) barrier_init(base + Tiles::Q_FULL + 8 * stage, 1), barrier_init(base + Tiles::Q_EMPTY + 8 * stage, 8);
-    for (int stage = 0; stage < DO_STAGES; ++stage) barrier_init(base + Tiles::DO_FULL + 8 * stage, 1), barrier_init(base + Tiles::DO_EMPTY + 8 * stage, 8);
+    auto init = [&](int full, int writers, int empty, int readers, int stages) {
+      for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
+    };
+    constexpr int WARPS = Tiles::WARPGROUPS * 4;   // one lane of each arrives
+    barrier_init(base + Tiles::K_FULL, 1);
+    barrier_init(base + Tiles::V_FULL, 1);
+    init(Tiles::Q_FULL, 1, Tiles::Q_EMPTY, WARPS, Q_STAGES);
+    init(Tiles::DO_FULL, 1, Tiles::DO_EMPTY, WARPS, DO_STAGES);
+    init(Tiles::DS_FULL, WARPS, Tiles::DS_EMPTY, WARPS, Tiles::DS_STAGES);
     barrier_init_fence();
   }
   __syncthreads();
@@ -60,10 +68,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     if (!block.exists()) return;
     Place place = block.place;
     const int first_key = block.sequence.first_key + block.first_key;
-    BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::KEYS_FULL, Tiles::V_BOXES * Tiles::KEY_BOX);
-    BoxPlace(problem.v, place).load_announced<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::KEYS_FULL);
+    BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);
     Ring<Q_STAGES> q_ring;
     Ring<DO_STAGES> do_ring;
+    bool first = true;
     for (int head = 0; head < problem.heads_per_block; ++head, ++place.head) {
       const i64 first_row = block.sequence.padded_row(problem, place);
       const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
@@ -75,6 +83,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
         load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
         q_ring.advance();
+        if (first) BoxPlace(problem.v, place).load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::V_FULL);   // Sᵀ does not wait for it
+        first = false;
         do_ring.wait_empty(base + Tiles::DO_EMPTY);
         full = base + Tiles::DO_FULL + 8 * do_ring.stage;
         do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
@@ -89,6 +99,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   const Block block(problem, blockIdx.x);
   if (!block.exists()) return;
   const int lane = threadIdx.x % 32, key_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
+  constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
   // Rows of a tile from `first` on hold other sequences, or what takes no part: a factor of 0 would not keep their NaN out. Each warpgroup clears them for itself.
   auto cleared = [&] {
@@ -96,139 +107,198 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     named_barrier_sync(2 + warpgroup, 128);
   };
 
-  using Exp = Exponential<PRECISION>;
-  const Exp exponential(problem);
+  const Exponential<PRECISION> exponential(problem);
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
-  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {};
-  float p[1][QUERY_TILE / 8][4], ds[1][QUERY_TILE / 8][4];
-  int scores_place = 0;
+  Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
+  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][QUERY_TILE / 8][4];
 
-  barrier_wait(base + Tiles::KEYS_FULL, 0);
-  if constexpr ((OPTIONS & (PACKED | LENGTHS)) != 0) {
-    const int keys = block.sequence.seen() - block.first_key;
-    if (keys < Tiles::KEY_TILE) {
-      clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
-      clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
+  auto multiply_k_q = [&] {   // Sᵀ = K Qᵀ
+    multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
+  };
+  // From Sᵀ to dV and dK, which is still under way at the end. All threads have written their part of dSᵀ, but not waited for those of the others.
+  auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile) {
+    const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
+    const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
+    const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
+    const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
+
+    do_ring.wait_full(base + Tiles::DO_FULL);
+    if (CLEARS && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
+      clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0));
+      clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0));
       cleared();
     }
+    u32 derivative[QUERY_TILE / 8][2];   // of the softcap, halves: in float32 they would not fit
+    if constexpr ((OPTIONS & SOFTCAP) != 0) {   // nor beside dPᵀ
+      float of_scores[1][QUERY_TILE / 8][4];
+      score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, of_scores);
+#pragma unroll
+      for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
+    }
+    float dp[QUERY_TILE / 8][4];
+    multiply_rows<PRECISION, QUERY_TILE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at);   // dPᵀ = V dOᵀ
+    pin(p[0]);
+
+    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, nullptr);
+    u32 lse[QUERY_TILE / 8][2];   // all of them are asked for before the first is used
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + n * 32);
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[n][i % 2]));
+    if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block.first_key))
+      block.visible.template hide<true, 1, QUERY_TILE>(p, lane_key, lane_query, 0.0f);
+    if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
+      Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, QUERY_TILE>(
+          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+
+    // dV += Pᵀ dO, 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
+    u32 words[QUERY_TILE / 64][4][4];
+    auto multiply_p_do = [&](int part) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float weight[2] = {p[0][part * 8 + n][2 * half], p[0][part * 8 + n][2 * half + 1]};
+          if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
+          words[part][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
+        }
+      multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[part], do_at + part * 64 * 128);
+    };
+    multiply_p_do(0);
+
+    wgmma_wait<1>();
+    pin(dp);
+    u32 ds[QUERY_TILE / 16][4], d[QUERY_TILE / 8][2];
+    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES;
+    if constexpr (QUERY_GRADIENT) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
+#pragma unroll
+    for (int n = 0; n < QUERY_TILE / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float weight = p[0][n][2 * half + i];
+          if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
+          x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
+        }
+        const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
+        if constexpr (QUERY_GRADIENT) {
+          const int row = key_row + half * 8 + lane / 4;
+          store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+        }
+      }
+    if constexpr (QUERY_TILE > 64) multiply_p_do(1);
+    multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at);   // dK += dSᵀ Q
+    wgmma_wait<1>();
+    pin(dv);
+    arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
+    do_ring.advance();
+    if constexpr (QUERY_GRADIENT) {
+      fence_for_async_proxy();
+      __syncwarp();
+      arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
+      ds_ring.advance();
+    }
+  };
+
+  // dQ of the tile before: while this warpgroup was busy with another tile, the other one has had the time to write its part of dSᵀ.
+  using QueryGradient = float[Tiles::DQ_COLUMNS / 8][4];
+  auto multiply_ds_k = [&](QueryGradient& dq, bool exists) {
+    if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
+    const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
+    const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
+    const unsigned long long a = descriptor_across_k(uniform(rows_at), Tiles::KEY_BOX), k = descriptor_across_k(uniform(columns_at), Tiles::KEY_BOX);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tiles::KEY_TILE / 16; ++step) {
+      if (step == 0) Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<false>(dq, a, k);
+      else Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<true>(dq, a + (step * 2048 >> 4), k + (step * 2048 >> 4));
+    }
+    wgmma_commit();
+  };
+  auto add_dq = [&](QueryGradient& dq, float* target) {
+    pin(dq);
+    arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
+    dq_ring.advance();
+    target += threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4);
+    if constexpr (Tiles::SLABS) {
+      const u32 slab = base + Tiles::SLAB + threadIdx.x / 32 * Tiles::SLAB_BYTES;
+      if (lane == 0) wait_until_read();   // what was in it before
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
+        store_shared_16_bytes(slab + (n * 32 + lane) * 16, make_uint4(__float_as_uint(dq[n][0]), __float_as_uint(dq[n][1]), __float_as_uint(dq[n][2]), __float_as_uint(dq[n][3])));
+      fence_for_async_proxy();
+      __syncwarp();
+      if (lane == 0) reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
+    } else {
+#pragma unroll
+      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
+    }
+  };
+
+  if (block.first_tile < block.last_tile) {
+    barrier_wait(base + Tiles::K_FULL, 0);
+    if constexpr (CLEARS) {
+      barrier_wait(base + Tiles::V_FULL, 0);
+      const int keys = block.sequence.seen() - block.first_key;
+      if (keys < Tiles::KEY_TILE) {
+        clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
+        clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
+        cleared();
+      }
+    }
+    q_ring.wait_full(base + Tiles::Q_FULL);
+    multiply_k_q();
+    barrier_wait(base + Tiles::V_FULL, 0);
+    wgmma_wait<0>();
+    pin(p[0]);
   }
+  float* dq_target = nullptr;   // of the tile before
 
 #pragma unroll 1
   for (int head = 0; head < problem.heads_per_block; ++head) {
     Place place = block.place;
     place.head += head;
     const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
-    float* dq_sum = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
+    float* dq_rows = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
 
 #pragma unroll 1
     for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
-      const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
-      const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
-      const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
-      constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
-
-      q_ring.wait_full(base + Tiles::Q_FULL);
-      if (CLEARS && queries < QUERY_TILE) clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0)), cleared();
-      multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, q_at);
-      do_ring.wait_full(base + Tiles::DO_FULL);
-      if (CLEARS && queries < QUERY_TILE) clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0)), cleared();
-      multiply_rows<PRECISION, QUERY_TILE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(ds[0], base + Tiles::V + warpgroup * 64 * 128, do_at);
-
-      wgmma_wait<1>();
-      pin(p[0]);
-      float derivative[1][QUERY_TILE / 8][4];   // SOFTCAP alone
-      if constexpr (Score<PRECISION, OPTIONS>::CHANGES) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, derivative);
-      const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
-#pragma unroll
-      for (int n = 0; n < QUERY_TILE / 8; ++n) {
-        u32 lse[2];
-        load_shared(lse[0], lse[1], lse_at + n * 32);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[i % 2]));
-      }
-      if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block.first_key))
-        block.visible.template hide<true, 1, QUERY_TILE>(p, lane_key, lane_query, 0.0f);
-      if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
-        Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, QUERY_TILE>(
-            problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
-
-      u32 words[QUERY_TILE / 16][4];
-      auto multiply_p_do = [&] {   // dV += Pᵀ dO
-#pragma unroll
-        for (int n = 0; n < QUERY_TILE / 8; ++n)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float weight[2] = {p[0][n][2 * half], p[0][n][2 * half + 1]};
-            if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
-            words[n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
-          }
-        multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words, do_at);
-      };
-      constexpr bool DV_FIRST = QUERY_TILE == 64;   // it then runs beside the arithmetic on dS; larger tiles leave no registers for that
-      if constexpr (DV_FIRST) multiply_p_do();
-
-      wgmma_wait<DV_FIRST>();
-      pin(ds[0]);
-      u32 ds_words[QUERY_TILE / 16][4];
-      const u32 scores_at = base + Tiles::SCORES + scores_place * Tiles::SCORE_BYTES;
-#pragma unroll
-      for (int n = 0; n < QUERY_TILE / 8; ++n) {
-        u32 d[2];
-        load_shared(d[0], d[1], d_at + n * 32);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float x[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float weight = p[0][n][2 * half + i];
-            if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= derivative[0][n][2 * half + i];
-            x[i] = gradient_of_score<OPTIONS>(problem, weight, ds[0][n][2 * half + i], __uint_as_float(d[i]));
-          }
-          const u32 word = ds_words[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
-          if constexpr (QUERY_GRADIENT) {
-            const int row = key_row + half * 8 + lane / 4;
-            store_shared(scores_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
-          }
-        }
-      }
-
-      if constexpr (!DV_FIRST) multiply_p_do();
-      float dq[Tiles::DQ_COLUMNS / 8][4];
-      if constexpr (QUERY_GRADIENT) {
-        fence_for_async_proxy();
-        named_barrier_sync(1, Tiles::WARPGROUPS * 128);
-        const u32 rows_at = QUERY_TILE == 128 ? scores_at + warpgroup * Tiles::KEY_BOX : scores_at, columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
-        const unsigned long long a = descriptor_across_k(uniform(rows_at), Tiles::KEY_BOX), k = descriptor_across_k(uniform(columns_at), Tiles::KEY_BOX);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Tiles::KEY_TILE / 16; ++step) {
-          if (step == 0) Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<false>(dq, a, k);
-          else Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<true>(dq, a + (step * 2048 >> 4), k + (step * 2048 >> 4));
-        }
-        wgmma_commit();
-        scores_place ^= 1;
-      }
-      multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds_words, q_at);
-
-      wgmma_wait<1>();
-      pin(dv);
-      arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
-      do_ring.advance();
-      if constexpr (QUERY_GRADIENT) {
-        pin(dq);
-        const int row = (QUERY_TILE == 128 ? warpgroup * 64 : 0) + threadIdx.x % 128 / 32 * 16 + lane / 4, column = QUERY_TILE == 128 ? 0 : warpgroup * Tiles::DQ_COLUMNS;
-        float* target = dq_sum + (i64)(first_query + row) * HEAD_DIM + column + lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + half * 8 * HEAD_DIM + n * 8, dq[n][2 * half], dq[n][2 * half + 1]);
-      }
-      wgmma_wait<0>();
+      // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
+      // takes Sᵀ of the tile after it from whatever lies there; neither is used.
+      const bool follows = tile > block.first_tile || head > 0, more = tile + 1 < block.last_tile || head + 1 < problem.heads_per_block;
+      gradients_of_keys(place, score, tile);
+      QueryGradient dq;
+      if constexpr (QUERY_GRADIENT) multiply_ds_k(dq, follows);
+      wgmma_wait<QUERY_GRADIENT>();
       pin(dk);
       arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
       q_ring.advance();
+      if (more) q_ring.wait_full(base + Tiles::Q_FULL);
+      multiply_k_q();   // it runs while dQ is added
+      if constexpr (QUERY_GRADIENT) {
+        wgmma_wait<1>();
+        if (follows) add_dq(dq, dq_target);
+        dq_target = dq_rows + (i64)tile * QUERY_TILE * HEAD_DIM;
+      }
+      wgmma_wait<0>();
+      pin(p[0]);
     }
+  }
+  if (QUERY_GRADIENT && block.first_tile < block.last_tile) {
+    QueryGradient dq;
+    multiply_ds_k(dq, true);
+    wgmma_wait<0>();
+    add_dq(dq, dq_target);
   }
 
   // dK and dV leave from the registers; where the host sums parts, as float32 rows as wide as the kernel's.
@@ -247,17 +317,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
     }
     if (problem.partial) {
-      float* to = target.rows<float>(array) + first_row * array.row_stride;
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (row + half * 8 < rows) {
-#pragma unroll
-          for (int n = 0; n < COUNT; ++n) *(float2*)(to + (row + half * 8) * array.row_stride + n * 8 + lane % 4 * 2) = make_float2(d[n][2 * half], d[n][2 * half + 1]);
-        }
+      store_floats(d, target.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
     } else {
       store_output<PRECISION, COUNT * 8>(d, target.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
     }
   };
   store(dk, problem.dk, problem.scale);
   store(dv, problem.dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f);
+  if (Tiles::SLABS && QUERY_GRADIENT && lane == 0) wait_until_read();   // before the memory is another block's
 }

@@ -34,6 +34,16 @@ __device__ __forceinline__ void finish_rows(const Problem& problem, const Place&
     for (int i = 0; i < 4; ++i) output[n][i] *= inverse[i / 2];
 }
 
+// Accumulators as float32 rows, of all columns. `row`: the lane's first, counted from `target`.
+template <int COUNT> __device__ __forceinline__ void store_floats(const float (&d)[COUNT][4], float* target, i64 row_stride, int row, int rows, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + half * 8 >= rows) continue;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) *(float2*)(target + (row + half * 8) * row_stride + n * 8 + lane % 4 * 2) = make_float2(d[n][2 * half], d[n][2 * half + 1]);
+  }
+}
+
 // Accumulators to device memory without shared memory: the four lanes of a row transpose 4 x 4 words among them, and each then holds 16 bytes of the row.
 // `row`: the lane's first, counted from `target`.
 template <int PRECISION, int COLUMNS>

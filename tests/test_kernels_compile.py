@@ -135,10 +135,11 @@ def test_backward_instances_of_sm90(precision, dims):
         for own in (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
         if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)
     }
-    sets.add(WHICH_SCORES & ~tiles.SINKS)
+    which = WHICH_SCORES & ~tiles.SINKS
+    sets |= {which} | {own | which for own in sets}
     chosen = [(own, flag, tiles.backward_sm90(*dims, own, flag)) for own in sets for flag in (True, False)]
     names = [tile[0].name(precision, dims, own, flag) for own, flag, tile in chosen if tile is not None]
-    assert len(names) >= 6
+    assert len(names) >= 20
     assert spills("backward_sm90.cu", names, "sm_90a") == []
 
 
@@ -183,6 +184,8 @@ def test_row_kernels(architecture, precision):
     rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
     names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
+    if architecture == "sm_90" and tiles.element_bytes(precision) == 2:
+        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS) for dims in tiles.BACKWARD_SM90 for options in rows]
     assert spills("backward_rows.cu", names, architecture) == []
 
 

@@ -251,7 +251,7 @@ def warmup(dtypes, head_dims):
     for precision in dtypes:
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
-            dims = tiles.head_dims(head_dim, head_dim)
+            dims, finish = tiles.head_dims(head_dim, head_dim), None
             forward_tile, main, without_dq = (
                 tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ)
             )
@@ -263,6 +263,7 @@ def warmup(dtypes, head_dims):
                 if backward is not None:
                     main, dims = backward
                     without_dq = main
+                    finish = tiles.backward_finish_sm90(precision, dims, 0)
             else:
                 wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
             query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
@@ -271,7 +272,7 @@ def warmup(dtypes, head_dims):
             wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
             wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
             wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
-            wanted += [("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}, 0>", 0)]
+            wanted += [("backward_rows.cu", finish or f"backward_finish<{kind}, {dims[0]}, 0>", 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()
                 modules.kernel(file, name, shared_bytes, device)

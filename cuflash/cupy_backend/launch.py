@@ -397,8 +397,9 @@ class BackwardPlan:
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
-        # Sums of dQ lie in padded rows: the host takes them from there, but where sequences are padded one by one or rows take no part.
-        self.finishes = not self.separate_dq and (not self.query_parts or problem.sequences or problem.q_lengths is not None)
+        # Sums of dQ lie in padded rows: the host takes them from there, but where sequences are padded one by one, rows take no part, or the sm90 family made them:
+        # its tiles lie in an order of their own.
+        self.finishes = not self.separate_dq and (not self.query_parts or problem.sequences or problem.q_lengths is not None or maps is not None)
         parts = {}
         if self.key_parts:
             self.dk_shape, self.dv_shape = ((*problem.batch, self.blocks_of_heads, problem.key_length, dim) for dim in dims)
@@ -433,7 +434,10 @@ class BackwardPlan:
             self.query = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
         elif self.finishes:
             row_options &= ~tiles.SINKS
-            self.finish = launch("backward_rows.cu", f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks, 256, 0, packed)
+            name, blocks = f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks
+            if maps is not None:
+                name, blocks = tiles.backward_finish_sm90(precision, dims, row_options), places * padded // main.query_tile
+            self.finish = launch("backward_rows.cu", name, blocks, 256, 0, packed)
         if problem.bias is not None:
             self._plan_bias(problem, views, alignment, bias_tile, options, rows)
 

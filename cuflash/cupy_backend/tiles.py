@@ -144,8 +144,9 @@ class BackwardSm90Tile(_Parameters):
     kernel, threads, key_tile, query_gradient = "backward_sm90", 384, 128, True
 
     def shared_bytes(self, dims, size=2):
-        rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 2 * self.key_tile)
-        return rows * 2 + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8
+        rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
+        slabs = 64 * dims[0] * 4 if self.query_tile == 64 else 0  # of dQ
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,11 +399,18 @@ def forward_sm90(dims, options, queries):
 def backward_sm90(head_dim, value_dim, options, with_dq=True):
     """(tile, dims) of the sm90 family for dK and dV, and dQ; or None where the sm80 family has to take it."""
     dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
-    if dims == (64, 64):  # what leaves enough registers
-        fits = options in (0, SCALE_FIRST, LENGTHS)
-    else:
-        fits = _changes_of_scores(options) < 2 and not options & (SOFTCAP if with_dq else SOFTCAP | BIAS | MASK)
+    # What leaves enough registers:
+    fits = _changes_of_scores(options) < 2 and not (options & SCALE_FIRST and options & BIAS)
+    if options & (SOFTCAP | DROPOUT):
+        fits = fits and dims == (128, 128) and (with_dq or not options & DROPOUT)
+    if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
+        fits = fits and not options & _WHICH_SCORES
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
+
+
+def backward_finish_sm90(precision, dims, options):
+    """The kernel that makes dQ of what the sm90 family summed."""
+    return f"backward_finish_sm90<{_arguments(PRECISIONS[precision], dims[0], options, BACKWARD_SM90[dims].query_tile)}>"
 
 
 def row(table, precision, dims):
