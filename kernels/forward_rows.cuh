@@ -49,35 +49,39 @@ template <int COUNT> __device__ __forceinline__ void store_floats(const float (&
 template <int PRECISION, int COLUMNS>
 __device__ __forceinline__ void store_output(const float (&output)[COLUMNS / 8][4], typename ElementOf<PRECISION>::type* target, i64 row_stride, int row, int rows, int columns, int lane) {
   using Element = typename ElementOf<PRECISION>::type;
-  const bool whole = whole_chunks(target, row_stride, columns);
+  auto store = [&](auto write) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at_row = row + half * 8;
-    Element* to = target + at_row * row_stride;
+    for (int half = 0; half < 2; ++half) {
+      Element* to = target + (row + half * 8) * row_stride;
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 8; n += 4) {
-      u32 words[4];
+      for (int n = 0; n < COLUMNS / 8; n += 4) {
+        u32 words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack<PRECISION>(output[n + i][2 * half], output[n + i][2 * half + 1]);
+        for (int i = 0; i < 4; ++i) words[i] = pack<PRECISION>(output[n + i][2 * half], output[n + i][2 * half + 1]);
 #pragma unroll
-      for (int bit = 1; bit < 4; bit *= 2)
+        for (int bit = 1; bit < 4; bit *= 2)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i & bit) continue;
-          const bool upper = lane & bit;
-          const u32 received = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i | bit], bit);
-          if (upper) words[i] = received;
-          else words[i | bit] = received;
-        }
-      const int column = (n + lane % 4) * 8, valid = at_row < rows ? columns - column : 0;
-      if (valid <= 0) continue;
-      if (whole) {
-        *(uint4*)(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (j < valid) to[column + j].bits = (u16)(words[j / 2] >> (j % 2 * 16));
+          for (int i = 0; i < 4; ++i) {
+            if (i & bit) continue;
+            const bool upper = lane & bit;
+            const u32 received = __shfl_xor_sync(0xffffffff, upper ? words[i] : words[i | bit], bit);
+            if (upper) words[i] = received;
+            else words[i | bit] = received;
+          }
+        const int column = (n + lane % 4) * 8;
+        write(to + column, words, row + half * 8 < rows ? columns - column : 0);
       }
     }
+  };
+  if (uniform(whole_chunks(target, row_stride, columns))) {
+    store([](Element* to, const u32 (&words)[4], int valid) {
+      if (valid > 0) *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+    });
+  } else {
+    store([](Element* to, const u32 (&words)[4], int valid) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (j < valid) to[j].bits = (u16)(words[j / 2] >> (j % 2 * 16));
+    });
   }
 }
