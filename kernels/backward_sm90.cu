@@ -6,22 +6,16 @@
 //
 // A block owns 128 keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share the key
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
-// the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of the tile's dQ and adds it to
-// dq_sum in device memory. A thread of warpgroup 2 issues all copies.
+// the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
+// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
-//   K | V | Q_STAGES x Q | DO_STAGES x dO | 2 x dSᵀ  128 keys x QUERY_TILE | 2 x dQ slab, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
+//   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
 //
-// Order of waits: Q and lse full -> Sᵀ issued -> dO and D full -> dPᵀ issued -> Sᵀ done -> Pᵀ, dV issued -> dPᵀ done -> dSᵀ into memory -> both warpgroups have
-// written (named barrier) -> dQ, dK issued -> dV and dQ done, dO empty -> dQ added -> dK done, Q empty. dSᵀ has two places in turn: who writes one has waited for the
-// other warpgroup after its dQ of the step before the last.
-#include "forward_rows.cuh"
-#include "key_block.cuh"
-#include "ptx/reduce.cuh"
-#include "ptx/wgmma.cuh"
-#include "ring.cuh"
-
-struct BackwardTensorMaps { TensorMap q, k, v, dout; };
+// Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
+// dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
+// -> Sᵀ(t + 1) done.
+#include "backward_sm90.cuh"
 
 template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES> struct BackwardSm90Tiles {
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
@@ -41,57 +35,21 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAG
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool QUERY_GRADIENT>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, Q_STAGES, DO_STAGES>;
-  using Element = typename ElementOf<PRECISION>::type;
   using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
 
   if (threadIdx.x == 0) {
-    auto init = [&](int full, int writers, int empty, int readers, int stages) {
-      for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
-    };
-    constexpr int WARPS = Tiles::WARPGROUPS * 4;   // one lane of each arrives
-    barrier_init(base + Tiles::K_FULL, 1);
-    barrier_init(base + Tiles::V_FULL, 1);
-    init(Tiles::Q_FULL, 1, Tiles::Q_EMPTY, WARPS, Q_STAGES);
-    init(Tiles::DO_FULL, 1, Tiles::DO_EMPTY, WARPS, DO_STAGES);
-    init(Tiles::DS_FULL, WARPS, Tiles::DS_EMPTY, WARPS, Tiles::DS_STAGES);
+    init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
+    init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     barrier_init_fence();
   }
   __syncthreads();
 
   if (warpgroup == Tiles::WARPGROUPS) {
     give_registers<Tiles::LOADING_REGISTERS>();
-    if (threadIdx.x % 128 != 0) return;
-    const Block block(problem, blockIdx.x);
-    if (!block.exists()) return;
-    Place place = block.place;
-    const int first_key = block.sequence.first_key + block.first_key;
-    BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);
-    Ring<Q_STAGES> q_ring;
-    Ring<DO_STAGES> do_ring;
-    bool first = true;
-    for (int head = 0; head < problem.heads_per_block; ++head, ++place.head) {
-      const i64 first_row = block.sequence.padded_row(problem, place);
-      const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
-#pragma unroll 1
-      for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
-        const int row = block.sequence.first_query + tile * QUERY_TILE;
-        q_ring.wait_empty(base + Tiles::Q_EMPTY);
-        u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
-        q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
-        load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
-        q_ring.advance();
-        if (first) BoxPlace(problem.v, place).load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::V_FULL);   // Sᵀ does not wait for it
-        first = false;
-        do_ring.wait_empty(base + Tiles::DO_EMPTY);
-        full = base + Tiles::DO_FULL + 8 * do_ring.stage;
-        do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
-        load_bytes(base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES, problem.row_d + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
-        do_ring.advance();
-      }
-    }
+    if (threadIdx.x % 128 == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES>(problem, maps, base);
     return;
   }
 
@@ -301,28 +259,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     add_dq(dq, dq_target);
   }
 
-  // dK and dV leave from the registers; where the host sums parts, as float32 rows as wide as the kernel's.
-  Place target = block.place;
-  if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
-  const int row = key_row + lane / 4, rows = block.sequence.keys - block.first_key;
-  const i64 first_row = block.sequence.first_key + block.first_key;
-  auto store = [&](auto& d, const Array& array, float factor) {
-    constexpr int COUNT = sizeof(d) / 16;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool takes_part = !(OPTIONS & LENGTHS) || block.first_key + row + half * 8 < block.sequence.seen();   // else 0, whatever NaN of the others came by
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
-    }
-    if (problem.partial) {
-      store_floats(d, target.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
-    } else {
-      store_output<PRECISION, COUNT * 8>(d, target.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
-    }
-  };
-  store(dk, problem.dk, problem.scale);
-  store(dv, problem.dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f);
+  const int row = key_row + lane / 4;
+  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
+  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
   if (Tiles::SLABS && QUERY_GRADIENT && lane == 0) wait_until_read();   // before the memory is another block's
 }

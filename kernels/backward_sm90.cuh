@@ -1,0 +1,74 @@
+// What the backward kernels of the sm90 family share: their loader, and how dK and dV are written.
+#pragma once
+#include "forward_rows.cuh"
+#include "key_block.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/wgmma.cuh"
+#include "ring.cuh"
+
+struct BackwardTensorMaps { TensorMap q, k, v, dout; };
+
+__device__ __forceinline__ void init_ring(u32 base, int full, int writers, int empty, int readers, int stages) {
+  for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
+}
+
+// One lane of each of the eight computing warps tells that it has read.
+template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline__ void init_barriers_of_loads(u32 base) {
+  barrier_init(base + Tiles::K_FULL, 1);
+  barrier_init(base + Tiles::V_FULL, 1);
+  init_ring(base, Tiles::Q_FULL, 1, Tiles::Q_EMPTY, 8, Q_STAGES);
+  init_ring(base, Tiles::DO_FULL, 1, Tiles::DO_EMPTY, 8, DO_STAGES);
+}
+
+// Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
+template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES>
+__device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
+  const Block block(problem, blockIdx.x);
+  if (!block.exists()) return;
+  Place place = block.place;
+  const int first_key = block.sequence.first_key + block.first_key;
+  BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);
+  Ring<Q_STAGES> q_ring;
+  Ring<DO_STAGES> do_ring;
+  bool first = true;
+  for (int head = 0; head < problem.heads_per_block; ++head, ++place.head) {
+    const i64 first_row = block.sequence.padded_row(problem, place);
+    const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
+#pragma unroll 1
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      const int row = block.sequence.first_query + tile * QUERY_TILE;
+      q_ring.wait_empty(base + Tiles::Q_EMPTY);
+      u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
+      q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
+      load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
+      q_ring.advance();
+      if (first) BoxPlace(problem.v, place).load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::V_FULL);   // the first scores do not wait for it
+      first = false;
+      do_ring.wait_empty(base + Tiles::DO_EMPTY);
+      full = base + Tiles::DO_FULL + 8 * do_ring.stage;
+      do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
+      load_bytes(base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES, problem.row_d + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
+      do_ring.advance();
+    }
+  }
+}
+
+// dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `row`: the lane's first key, of the block.
+template <int PRECISION, int OPTIONS, typename Block, int COUNT>
+__device__ __forceinline__ void store_key_gradient(const Problem& problem, const Block& block, const Array& array, float (&d)[COUNT][4], float factor, int row, int lane) {
+  using Element = typename ElementOf<PRECISION>::type;
+  Place place = block.place;
+  if (problem.partial) place.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
+  const int rows = block.sequence.keys - block.first_key;
+  const i64 first_row = block.sequence.first_key + block.first_key;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool takes_part = !(OPTIONS & LENGTHS) || block.first_key + row + half * 8 < block.sequence.seen();   // else 0, whatever NaN of the others came by
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
+  }
+  if (problem.partial) store_floats(d, place.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
+  else store_output<PRECISION, COUNT * 8>(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
+}
