@@ -100,22 +100,27 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
   }
 }
 
-// A block takes a query tile of the main kernel, whose eight warps left 16 rows x 64 columns of it each, in the order of their registers.
+// A block takes a query tile of the main kernel, which left it in pieces of 16 rows x 64 columns, each in the order of a warp's registers: 64 rows of pieces after
+// one another (of 128 queries, both 64), then those of the next 64 columns.
 template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ void __launch_bounds__(256) backward_finish_sm90(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   const RowBlock<OPTIONS, QUERY_TILE> block(problem);
   const Place& place = block.place;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp * 16 % QUERY_TILE + lane / 4, first_column = warp * 16 / QUERY_TILE * 64, rows = block.sequence.queries - block.first;
+  const int lane = threadIdx.x % 32, rows = block.sequence.queries - block.first;
   if (block.first < 0 || rows <= 0) return;
-  const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + warp * 256 + lane;
-  float dq[8][4];
-#pragma unroll
-  for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
-#pragma unroll
-  for (int n = 0; n < 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) dq[n][i] = block.first + row + i / 2 * 8 < block.sequence.seeing() ? dq[n][i] * problem.scale : 0.0f;   // else 0, whatever NaN of the others came by
   const i64 first_row = block.sequence.first_query + block.first;
-  if (problem.partial) store_floats(dq, place.rows<float>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, lane);
-  else store_output<PRECISION, 64>(dq, place.rows<Element>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, problem.dq.columns - first_column, lane);
+#pragma unroll 1
+  for (int piece = threadIdx.x / 32; piece < QUERY_TILE / 16 * (HEAD_DIM / 64); piece += 8) {
+    const int row = piece * 16 % QUERY_TILE + lane / 4, first_column = piece * 16 / QUERY_TILE * 64;
+    const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + piece * 256 + lane;
+    float dq[8][4];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dq[n][i] = block.first + row + i / 2 * 8 < block.sequence.seeing() ? dq[n][i] * problem.scale : 0.0f;   // else 0, whatever NaN of the others came by
+    if (problem.partial) store_floats(dq, place.rows<float>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, lane);
+    else store_output<PRECISION, 64>(dq, place.rows<Element>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, problem.dq.columns - first_column, lane);
+  }
 }

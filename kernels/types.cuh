@@ -16,6 +16,9 @@ template <int PRECISION> struct ElementOf { using type = float; };
 template <> struct ElementOf<FLOAT16> { using type = half_t; };
 template <> struct ElementOf<BFLOAT16> { using type = bfloat_t; };
 
+// A number as a type, for functions that need it at compile time.
+template <int N> struct Constant { static constexpr int value = N; };
+
 __device__ __forceinline__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // What is derived from `x` is worked out from here on, not before: hoisted out of the main loop it would take registers that the accumulators need.

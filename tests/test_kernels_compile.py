@@ -3,6 +3,7 @@
 NVRTC compiles to machine code without a GPU.
 """
 
+import dataclasses
 import logging
 import re
 import shutil
@@ -128,7 +129,7 @@ def test_instances_of_sm90(precision, dims):
     assert spills("forward_sm90.cu", list(names), "sm_90a") == []
 
 
-@pytest.mark.parametrize(("dims", "precision"), [((64, 64), "bfloat16"), ((128, 128), "bfloat16"), ((128, 128), "float16")], ids=str)
+@pytest.mark.parametrize(("dims", "precision"), [*((dims, "bfloat16") for dims in tiles.BACKWARD_SM90), ((128, 128), "float16"), ((256, 256), "float16")], ids=str)
 def test_backward_instances_of_sm90(precision, dims):
     sets = {
         own
@@ -140,17 +141,17 @@ def test_backward_instances_of_sm90(precision, dims):
     chosen = [(own, flag, tiles.backward_sm90(*dims, own, flag)) for own in sets for flag in (True, False)]
     names = [tile[0].name(precision, dims, own, flag) for own, flag, tile in chosen if tile is not None]
     assert len(names) >= 20
-    assert spills("backward_sm90.cu", names, "sm_90a") == []
+    assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
 
 
-def test_sizes_of_sm90_backward_tiles():
-    conditions = []
-    for dims, tile in tiles.BACKWARD_SM90.items():
-        struct = f"BackwardSm90Tiles<{', '.join(map(str, (*dims, tile.query_tile, tile.query_stages, tile.output_stages)))}>"
-        sizes = {"SHARED_BYTES": tile.shared_bytes(dims), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
-        conditions += [f"{struct}::{name} == {value}" for name, value in sizes.items()]
-        assert tile.shared_bytes(dims) <= SHARED_LIMITS["sm_90"]
-    compile_program(program_of_assertions("backward_sm90.cu", conditions), architecture="sm_90a")
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_sizes_of_sm90_backward_tiles(dims):
+    tile = tiles.BACKWARD_SM90[dims]
+    struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile))))}>"
+    sizes = {"SHARED_BYTES": tile.shared_bytes(dims), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
+    assert tile.shared_bytes(dims) <= SHARED_LIMITS["sm_90"]
+    conditions = [f"{struct}::{name} == {value}" for name, value in sizes.items()]
+    compile_program(program_of_assertions(tile.file, conditions), architecture="sm_90a")
 
 
 def test_sizes_of_sm90_tiles():

@@ -150,6 +150,18 @@ class BackwardSm90Tile(_Parameters):
 
 
 @dataclasses.dataclass(frozen=True)
+class BackwardWideSm90Tile(_Parameters):
+    query_stages: int
+    output_stages: int  # of dO
+
+    kernel, threads, key_tile, query_tile, query_gradient = "backward_wide_sm90", 384, 64, 64, True
+
+    def shared_bytes(self, dims, size=2):
+        rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class BackwardQueryTile(_TileOfQueries):
     key_tile: int
     stages: int
@@ -276,7 +288,12 @@ FORWARD_SM90_SPLIT_KEYS = {
     192: [(math.inf, ForwardSm90Tile(1, 64, 3))],
     256: [(math.inf, ForwardSm90Tile(1, 64, 2))],
 }
-BACKWARD_SM90 = {(64, 64): BackwardSm90Tile(128, 2, 2), (128, 128): BackwardSm90Tile(64, 2, 2)}
+BACKWARD_SM90 = {
+    (64, 64): BackwardSm90Tile(128, 2, 2),
+    (128, 128): BackwardSm90Tile(64, 2, 2),
+    (192, 192): BackwardWideSm90Tile(2, 2),
+    (256, 256): BackwardWideSm90Tile(2, 2),
+}
 # Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
     "16-bit": {
@@ -401,8 +418,10 @@ def backward_sm90(head_dim, value_dim, options, with_dq=True):
     dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
     # What leaves enough registers:
     fits = _changes_of_scores(options) < 2 and not (options & SCALE_FIRST and options & BIAS)
-    if options & (SOFTCAP | DROPOUT):
-        fits = fits and dims == (128, 128) and (with_dq or not options & DROPOUT)
+    if options & SOFTCAP:
+        fits = fits and dims == (128, 128)
+    if options & DROPOUT:
+        fits = fits and dims != (64, 64) and with_dq
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
