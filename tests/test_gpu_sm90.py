@@ -4,7 +4,7 @@ import logging
 
 import numpy
 import pytest
-from support import Arrays, check_forward, cupy, to_numpy
+from support import Arrays, check_backward, check_forward, cupy, to_numpy
 from test_options import NAMES, option
 
 import cuflash
@@ -14,6 +14,7 @@ if cupy is None:
 
 from cuflash import repeat
 from cuflash.cupy_backend import launch, tiles
+from cuflash.problem import make_problem
 
 pytestmark = pytest.mark.gpu
 TABLES = (tiles.FORWARD_SM90, tiles.FORWARD_SM90_WITH_OPTION, tiles.FORWARD_SM90_WITH_OPTIONS)
@@ -183,3 +184,19 @@ class TestRepeatedCalls:
         for options in ({}, {"causal": True}, {"scale": 0.5}, {"window": 7}, {"offset": 3, "causal": True}, {"softcap": 2.0}):
             check_forward(q, k, v, roundings=8, **options)
             check_forward(q, k, v, roundings=8, **options)
+
+
+@pytest.mark.parametrize("name", ["nothing", *NAMES])
+@pytest.mark.parametrize("dims", [*tiles.BACKWARD_SM90, (192, 128), (72, 200)], ids=str)
+@pytest.mark.parametrize("blocks", ["a head each", "heads together"])
+def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkeypatch):
+    """Blocks that go from one query head to the next too: their rings of tiles go on, and the last tile's dQ belongs to the head before."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1 if blocks == "heads together" else 10**6)
+    q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, 2, 350, dims[0]), arrays.normal(2, 2, 350, dims[1])
+    options = {} if name == "nothing" else option(name, arrays, (2,), 4, 300, 350)
+    check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, **options)
+    (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+    assert plan.blocks_of_heads == (2 if blocks == "heads together" else 4)
+    own = tiles.backward_sm90(*dims, launch.options_of(make_problem(q, k, v, options)[0]) & ~tiles.SINKS)
+    assert (plan.main.maps is not None) == (own is not None)
+    assert own is not None or name in ("softcap", "dropout")

@@ -397,8 +397,8 @@ class BackwardPlan:
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
-        # Sums of dQ lie in padded rows, and the host takes them from there; but not where sequences are padded one by one or rows take no part, nor those of the
-        # sm90 family, whose tiles have an order of their own.
+        # Sums of dQ lie in padded rows, and the host takes them from there; but not where sequences are padded one by one or rows take no part, nor those of
+        # the sm90 family, whose tiles have an order of their own.
         by_rows = self.query_parts and not problem.sequences and problem.q_lengths is None and maps is None
         self.finishes = not self.separate_dq and not by_rows
         parts = {}
