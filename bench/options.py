@@ -59,6 +59,7 @@ def main():
             "ALiBi": {"alibi_slopes": slopes},
             "sinks": {"sinks": cp.zeros(heads, np.float32)},
             "dropout 0.1": {"dropout": 0.1, "seed": 1},
+            "deterministic": {"deterministic": True},
         }.items():
             show(name, forward_and_backward(arrays, options), base)
 
