@@ -177,7 +177,7 @@ def test_readme_commands_ask_only_for_what_exists(name):
     assert command.startswith("python3 -m venv .venv && .venv/bin/pip install '.[")
     extras = re.search(r"'\.\[([\w,]+)\]'", command)[1].split(",")
     assert set(extras) <= set(SETUP["options.extras_require"])
-    assert command.endswith({"demo": ".venv/bin/python -m cuflash demo", "tests": ".venv/bin/python -m pytest -n auto"}[name])
+    assert command.endswith({"demo": ".venv/bin/python -m cuflash demo", "tests": ".venv/bin/python -m pytest -n auto --dist worksteal"}[name])
 
 
 def test_ci_runs_the_readme_test_command():
