@@ -173,14 +173,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
     const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
     const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
-    const unsigned long long a = descriptor_across_k(uniform(rows_at), Tiles::KEY_BOX), k = descriptor_across_k(uniform(columns_at), Tiles::KEY_BOX);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < Tiles::KEY_TILE / 16; ++step) {
-      if (step == 0) Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<false>(dq, a, k);
-      else Wgmma<PRECISION, Tiles::DQ_COLUMNS>::template multiply_shared_across_k<true>(dq, a + (step * 2048 >> 4), k + (step * 2048 >> 4));
-    }
-    wgmma_commit();
+    multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
   };
   auto add_dq = [&](QueryGradient& dq, float* target) {
     pin(dq);

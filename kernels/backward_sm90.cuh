@@ -8,10 +8,6 @@
 
 struct BackwardTensorMaps { TensorMap q, k, v, dout; };
 
-__device__ __forceinline__ void init_ring(u32 base, int full, int writers, int empty, int readers, int stages) {
-  for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
-}
-
 // One lane of each of the eight computing warps tells that it has read.
 template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline__ void init_barriers_of_loads(u32 base) {
   barrier_init(base + Tiles::K_FULL, 1);
@@ -24,7 +20,7 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
 template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES>
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
-  if (!block.exists()) return;
+  if (!block.exists() || block.first_tile >= block.last_tile) return;   // nobody would wait for the keys, and the block might end before they are there
   Place place = block.place;
   const int first_key = block.sequence.first_key + block.first_key;
   BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);

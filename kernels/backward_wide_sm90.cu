@@ -74,19 +74,11 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
   const u32 p_at = base + Tiles::P + threadIdx.x % 128 * 16;   // the thread's 16 bytes of each quarter of Pᵀ
 
-  // dQ = dS K, of the tile before, columns from box FIRST on.
+  // dQ = dS K, of the tile before, columns from `first_box` on.
   auto multiply_ds_k = [&](auto& dq, int first_box, bool exists) {
     constexpr int COLUMNS = sizeof(dq) / 16 * 8;
     if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
-    const unsigned long long a = descriptor_across_k(uniform(base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES), Tiles::KEY_BOX);
-    const unsigned long long k = descriptor_across_k(uniform(base + Tiles::K + first_box * Tiles::KEY_BOX), Tiles::KEY_BOX);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      if (step == 0) Wgmma<PRECISION, COLUMNS>::template multiply_shared_across_k<false>(dq, a, k);
-      else Wgmma<PRECISION, COLUMNS>::template multiply_shared_across_k<true>(dq, a + (step * 2048 >> 4), k + (step * 2048 >> 4));
-    }
-    wgmma_commit();
+    multiply_columns<PRECISION, COLUMNS, 64, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES), uniform(base + Tiles::K + first_box * Tiles::KEY_BOX));
   };
   auto add_dq = [&](auto& dq, int first_box, float* tile_at) {
     pin(dq);

@@ -188,9 +188,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
   if (threadIdx.x == 0) {
     constexpr int CONSUMERS = WARPGROUPS * 4, LOADERS = 3;   // warps: one lane of each arrives
-    auto init = [&](int full, int empty, int stages, int readers) {
-      for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, 1), barrier_init(base + empty + 8 * stage, readers);
-    };
+    auto init = [&](int full, int empty, int stages, int readers) { init_ring(base, full, 1, empty, readers, stages); };
     init(Tiles::TILE_FULL, Tiles::TILE_EMPTY, 2, CONSUMERS + LOADERS);
     barrier_init(base + Tiles::TILE_WANTED, 1);
     init(Tiles::Q_FULL, Tiles::Q_EMPTY, WARPGROUPS, 4);

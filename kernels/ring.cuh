@@ -14,6 +14,11 @@ template <int STAGES> struct Ring {
   __device__ __forceinline__ void wait_empty(u32 barriers) const { barrier_wait(barriers + 8 * stage, parity ^ 1); }
 };
 
+// The barriers of a ring: how many arrivals make a stage full (besides the bytes of copies), and empty.
+__device__ __forceinline__ void init_ring(u32 base, int full, int writers, int empty, int readers, int stages) {
+  for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
+}
+
 // Where the boxes of an array's (batch, head) lie. It is worked out once, not for each copy: who waits for a tile waits for the thread that issues it.
 struct BoxPlace {
   int head, batch, outer;

@@ -100,6 +100,17 @@ template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __fo
   }
   wgmma_commit();
 }
+// D = Aᵀ B over DEPTH rows, both from shared memory, their rows k.
+template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_columns(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  const unsigned long long a = descriptor_across_k(a_at, A_BOX), b = descriptor_across_k(b_at, B_BOX);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < DEPTH / 16; ++step) {
+    if (step == 0) Wgmma<PRECISION, N>::template multiply_shared_across_k<false>(d, a, b);
+    else Wgmma<PRECISION, N>::template multiply_shared_across_k<true>(d, a + (step * 2048 >> 4), b + (step * 2048 >> 4));
+  }
+  wgmma_commit();
+}
 // D += A B, A from registers, B from shared memory, its rows k.
 template <int PRECISION, int N, int B_BOX, int STEPS> __device__ __forceinline__ void multiply_words(float (&d)[N / 8][4], const u32 (&a)[STEPS][4], u32 b_at) {
   const unsigned long long b = descriptor_across_k(b_at, B_BOX);

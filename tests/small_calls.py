@@ -1,0 +1,53 @@
+"""Small calls of the 16-bit kernels, forward and backward, for compute-sanitizer; needs a GPU, and tests/ is no package, so from a clone:
+
+    PYTHONPATH=. compute-sanitizer --tool memcheck python tests/small_calls.py
+
+and the same with racecheck, synccheck and initcheck. Once with blocks that take many query tiles, as if the GPU had three multiprocessors, once with its own.
+
+racecheck reports two things that are no faults: shared memory that one warp writes and others read, where one lane of a warp arrives at an mbarrier for
+all of them after __syncwarp (it counts the arrival for that lane alone); and plain bulk copies, of lse and D in the backward, that an
+mbarrier announces to other warps.
+"""
+
+import cupy
+import ml_dtypes
+import numpy
+
+import cuflash
+from cuflash import cupy_backend, repeat
+from cuflash.cupy_backend import launch
+
+DIMS = ((64, 64), (128, 128), (256, 256), (40, 24))
+
+
+def main():
+    cupy.cuda.set_allocator(None)  # each array is an allocation of its own, whose ends are watched
+    rng = numpy.random.default_rng(0)
+    calls = 0
+    own = launch.multiprocessors
+    for multiprocessors in (lambda device: 3, own):
+        launch.multiprocessors = multiprocessors
+        cupy_backend._plans.clear()
+        repeat._calls.clear()
+        for dtype, dims in ((numpy.float16, DIMS[:1]), (ml_dtypes.bfloat16, DIMS)):
+
+            def normal(*shape, dtype=dtype):
+                return cupy.asarray(rng.standard_normal(shape).astype(dtype))
+
+            for head_dim, value_dim in dims:
+                q, dout = normal(2, 4, 270, head_dim), normal(2, 4, 270, value_dim)
+                k, v = normal(2, 2, 304, head_dim), normal(2, 2, 304, value_dim)
+                lengths, offsets = cupy.array([200, 300]), cupy.array([0, 100, 100, 270], numpy.int32)
+                for options in ({}, {"causal": True}, {"bias": normal(4, 270, 304)}, {"kv_lengths": lengths}, {"window": (50, 20), "softcap": 5.0}):
+                    out, lse = cuflash.attention_forward(q, k, v, **options)
+                    cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+                    calls += 2
+                cuflash.attention_forward(normal(1, 8, 1, head_dim), normal(1, 2, 2000, head_dim), normal(1, 2, 2000, value_dim))
+                cuflash.attention_forward(q[0], k[0, :, :270], v[0, :, :270], cu_seqlens=(offsets, offsets), causal=True)
+                calls += 2
+    cupy.cuda.Device().synchronize()
+    print("calls", calls)
+
+
+if __name__ == "__main__":
+    main()
