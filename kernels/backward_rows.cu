@@ -31,6 +31,19 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
   const bool exists = row >= 0 && row < block.sequence.queries, takes_part = exists && row < block.sequence.seeing();
   const i64 array_row = block.sequence.first_query + row;
 
+  // Nobody waits for what is written here, and what is read is there when it is needed.
+  const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
+  if constexpr (ZERO_DQ_SUM) {
+    float4* dq_sum = (float4*)(problem.dq_sum + first * HEAD_DIM);
+#pragma unroll
+    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  float lse = -infinity(), dlse = 0.0f;
+  if (lane == 0 && exists) {
+    lse = place.rows<float>(problem.lse)[array_row * problem.lse.row_stride];
+    if (problem.dlse.data) dlse = place.rows<float>(problem.dlse)[array_row * problem.dlse.row_stride];
+  }
+
   float sum = 0.0f;
   if (takes_part) {
     const Element* o = place.rows<Element>(problem.out) + array_row * problem.out.row_stride;
@@ -50,19 +63,13 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
 #pragma unroll
   for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
-  const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if (lane == 0) {
     const i64 at = first + threadIdx.x / LANES;
-    const float lse = exists ? place.rows<float>(problem.lse)[array_row * problem.lse.row_stride] : -infinity();
     const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
-    if (finite && problem.dlse.data) sum -= place.rows<float>(problem.dlse)[array_row * problem.dlse.row_stride];
+    if (finite) sum -= dlse;
     problem.row_lse[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : infinity();
     problem.row_d[at] = sees ? sum : 0.0f;
     if constexpr ((OPTIONS & SINKS) != 0) problem.row_sink[at] = finite ? expf(*place.rows<float>(problem.sinks) - lse) * sum : 0.0f;
-  }
-  if constexpr (ZERO_DQ_SUM) {
-    float4* dq_sum = (float4*)(problem.dq_sum + first * HEAD_DIM);
-    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 }
 
