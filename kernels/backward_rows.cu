@@ -69,6 +69,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
     if (finite) sum -= dlse;
     problem.row_lse[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : infinity();
     problem.row_d[at] = sees ? sum : 0.0f;
+    if (ZERO_DQ_SUM && problem.row_turn) problem.row_turn[at] = 0;
     if constexpr ((OPTIONS & SINKS) != 0) problem.row_sink[at] = finite ? expf(*place.rows<float>(problem.sinks) - lse) * sum : 0.0f;
   }
 }

@@ -1,4 +1,5 @@
-// Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and with QUERY_GRADIENT what each key block adds to dQ. After
+// Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and what each key block adds to dQ; IN_ORDER: so that the sum has the
+// same bits on every run. After
 // FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) and its sources' order of products.
 //
 //   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
@@ -7,34 +8,37 @@
 // A block owns 128 keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share the key
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
-// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies.
+// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
+// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
-// -> Sᵀ(t + 1) done.
+// -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
 #include "backward_sm90.cuh"
 
-template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES> struct BackwardSm90Tiles {
+template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
   static constexpr int DS_STAGES = 3;   // with two the warpgroups would walk in step
-  static constexpr bool SLABS = QUERY_TILE == 64;   // how dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers
+  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers; and who has to wait for the turn is no warp that computes.
+  static constexpr bool SLABS = IN_ORDER || QUERY_TILE == 64;
   static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
-  static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, SHARED_BYTES = DS_EMPTY + 8 * DS_STAGES;
+  static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
+  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, SHARED_BYTES = SLAB_EMPTY + 8 * WARPGROUPS;
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool QUERY_GRADIENT>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
-  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, Q_STAGES, DO_STAGES>;
+  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>;
   using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
@@ -43,13 +47,17 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   if (threadIdx.x == 0) {
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
+    init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
     barrier_init_fence();
   }
   __syncthreads();
 
   if (warpgroup == Tiles::WARPGROUPS) {
     give_registers<Tiles::LOADING_REGISTERS>();
-    if (threadIdx.x % 128 == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES>(problem, maps, base);
+    const int warp = uniform(threadIdx.x / 32 % 4);
+    if (threadIdx.x % 32) return;
+    if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+    if (IN_ORDER && (warp == 1 || warp == 2)) add_slabs_in_order<HEAD_DIM, QUERY_TILE, Tiles, Block>(problem, base, warp - 1);
     return;
   }
 
@@ -69,6 +77,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
+  Ring<1> slab_ring;
   float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][QUERY_TILE / 8][4];
 
   auto multiply_k_q = [&] {   // Sᵀ = K Qᵀ
@@ -133,7 +142,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     pin(dp);
     u32 ds[QUERY_TILE / 16][4], d[QUERY_TILE / 8][2];
     const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES;
-    if constexpr (QUERY_GRADIENT) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+    ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
 #pragma unroll
@@ -148,10 +157,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
         }
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
-        if constexpr (QUERY_GRADIENT) {
-          const int row = key_row + half * 8 + lane / 4;
-          store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
-        }
+        const int row = key_row + half * 8 + lane / 4;
+        store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
       }
     if constexpr (QUERY_TILE > 64) multiply_p_do(1);
     multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at);   // dK += dSᵀ Q
@@ -159,12 +166,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     pin(dv);
     arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
     do_ring.advance();
-    if constexpr (QUERY_GRADIENT) {
-      fence_for_async_proxy();
-      __syncwarp();
-      arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
-      ds_ring.advance();
-    }
+    fence_for_async_proxy();
+    __syncwarp();
+    arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
+    ds_ring.advance();
   };
 
   // dQ of the tile before: while this warpgroup was busy with another tile, the other one has had the time to write its part of dSᵀ.
@@ -175,6 +180,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
     multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
   };
+  // In pieces, a warp's registers in their order, by way of its slab or at once. In order, another thread adds what is in the slabs.
   auto add_dq = [&](QueryGradient& dq, float* target) {
     pin(dq);
     arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
@@ -182,14 +188,20 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     target += threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4);
     if constexpr (Tiles::SLABS) {
       const u32 slab = base + Tiles::SLAB + threadIdx.x / 32 * Tiles::SLAB_BYTES;
-      if (lane == 0) wait_until_read();   // what was in it before
+      if (IN_ORDER) slab_ring.wait_empty(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
+      else if (lane == 0) wait_until_read();   // what was in it before
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
         store_shared_16_bytes(slab + (n * 32 + lane) * 16, make_uint4(__float_as_uint(dq[n][0]), __float_as_uint(dq[n][1]), __float_as_uint(dq[n][2]), __float_as_uint(dq[n][3])));
       fence_for_async_proxy();
       __syncwarp();
-      if (lane == 0) reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
+      if (IN_ORDER) {
+        arrive(Tiles::SLAB_FULL + 8 * warpgroup);
+        slab_ring.advance();
+      } else if (lane == 0) {
+        reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
+      }
     } else {
 #pragma unroll
       for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
@@ -223,29 +235,28 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     float* dq_rows = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
 
 #pragma unroll 1
-    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+    for (int step = block.first_tile; step < block.last_tile; ++step) {
+      const int tile = block.template tile_at<IN_ORDER>(step);
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = tile > block.first_tile || head > 0, more = tile + 1 < block.last_tile || head + 1 < problem.heads_per_block;
+      const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
       gradients_of_keys(place, score, tile);
       QueryGradient dq;
-      if constexpr (QUERY_GRADIENT) multiply_ds_k(dq, follows);
-      wgmma_wait<QUERY_GRADIENT>();
+      multiply_ds_k(dq, follows);
+      wgmma_wait<1>();
       pin(dk);
       arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
       q_ring.advance();
       if (more) q_ring.wait_full(base + Tiles::Q_FULL);
       multiply_k_q();   // it runs while dQ is added
-      if constexpr (QUERY_GRADIENT) {
-        wgmma_wait<1>();
-        if (follows) add_dq(dq, dq_target);
-        dq_target = dq_rows + (i64)tile * QUERY_TILE * HEAD_DIM;
-      }
+      wgmma_wait<1>();
+      if (follows) add_dq(dq, dq_target);
+      dq_target = dq_rows + (i64)tile * QUERY_TILE * HEAD_DIM;
       wgmma_wait<0>();
       pin(p[0]);
     }
   }
-  if (QUERY_GRADIENT && block.first_tile < block.last_tile) {
+  if (block.first_tile < block.last_tile) {
     QueryGradient dq;
     multiply_ds_k(dq, true);
     wgmma_wait<0>();
@@ -255,5 +266,5 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   const int row = key_row + lane / 4;
   store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
   store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
-  if (Tiles::SLABS && QUERY_GRADIENT && lane == 0) wait_until_read();   // before the memory is another block's
+  if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
 }

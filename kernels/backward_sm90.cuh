@@ -17,7 +17,7 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
 }
 
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
-template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES>
+template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
   if (!block.exists() || block.first_tile >= block.last_tile) return;   // nobody would wait for the keys, and the block might end before they are there
@@ -31,7 +31,8 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
     const i64 first_row = block.sequence.padded_row(problem, place);
     const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
 #pragma unroll 1
-    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+    for (int step = block.first_tile; step < block.last_tile; ++step) {
+      const int tile = block.template tile_at<IN_ORDER>(step);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
       q_ring.wait_empty(base + Tiles::Q_EMPTY);
       u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
@@ -45,6 +46,36 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
       do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
       load_bytes(base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES, problem.row_d + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
       do_ring.advance();
+    }
+  }
+}
+
+// Adds what a warpgroup leaves of dQ in its slabs to dq_sum, tile by tile, in order: a key block adds to a tile once the key block before it has (if that sees
+// the tile), and says so in row_turn. Blocks start in the order of their keys, so who is waited for is under way. All walk from the last tile that they see to
+// the first: so the one before is ahead, under causal masks and windows too.
+template <int HEAD_DIM, int QUERY_TILE, typename Tiles, typename Block> __device__ __forceinline__ void add_slabs_in_order(const Problem& problem, u32 base, int warpgroup) {
+  constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
+  int first, tiles, end_of_previous;   // of query tiles
+  u32 row, turn;
+  {
+    const Block block(problem, block_index_again());
+    if (!block.exists()) return;
+    first = block.first_tile, tiles = block.last_tile - first, end_of_previous = block.end_of_previous(), turn = block.slot.tile;
+    row = block.sequence.padded_row(problem, block.place);
+  }
+  Ring<1> ring;
+  for (int head = 0; head < problem.heads_per_block; ++head, row += problem.padded_queries) {
+#pragma unroll 1
+    for (int tile = first + tiles - 1; tile >= first; --tile, ring.advance()) {
+      const u32 tile_row = row + tile * QUERY_TILE;
+      u32* row_turn = problem.row_turn + tile_row + warpgroup;
+      ring.wait_full(base + Tiles::SLAB_FULL + 8 * warpgroup);
+      if (tile < end_of_previous) wait_for_value(row_turn, turn);
+      reduce_add_bytes(problem.dq_sum + (i64)tile_row * HEAD_DIM + warpgroup * (BYTES / 4), base + Tiles::SLAB + warpgroup * BYTES, BYTES);
+      wait_until_read();
+      barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
+      wait_until_added();
+      store_release(row_turn, turn + 1);
     }
   }
 }

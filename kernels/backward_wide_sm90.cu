@@ -29,7 +29,7 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES, int DO_STAGES, bool QUERY_GRADIENT>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardWideSm90Tiles<HEAD_DIM, VALUE_DIM, Q_STAGES, DO_STAGES>;
   using Element = typename ElementOf<PRECISION>::type;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
 
   if (warpgroup == 2) {
     give_registers<Tiles::LOADING_REGISTERS>();
-    if (threadIdx.x % 128 == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES>(problem, maps, base);
+    if (threadIdx.x % 128 == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
     return;
   }
 
@@ -80,13 +80,21 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
     multiply_columns<PRECISION, COLUMNS, 64, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES), uniform(base + Tiles::K + first_box * Tiles::KEY_BOX));
   };
-  auto add_dq = [&](auto& dq, int first_box, float* tile_at) {
+  const int end_of_previous = IN_ORDER ? block.end_of_previous() : 0;
+  auto add_dq = [&](auto& dq, int first_box, u32 first_row, bool waits) {
     pin(dq);
     arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
     dq_ring.advance();
     constexpr int COUNT = sizeof(dq) / 16;
+    if (IN_ORDER && (waits || !(OPTIONS & WINDOW))) wait_for_value(problem.row_turn + first_row + threadIdx.x / 32, block.first_key / 64);
+    float* tile_at = problem.dq_sum + (i64)first_row * HEAD_DIM;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) reduce_add(tile_at + (((first_box + n / 8) * 4 + warp) * 8 + n % 8) * 128 + lane * 4, dq[n]);
+    if constexpr (IN_ORDER) {
+      __syncwarp();
+      keep_here(first_row);
+      if (lane == 0) store_release(problem.row_turn + first_row + threadIdx.x / 32, block.first_key / 64 + 1);
+    }
   };
 
   // The walk of a warpgroup over all tiles. start(exists, tile) issues the first product of a tile, scores or their gradients; own(place, tile) goes on from
@@ -94,9 +102,10 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   auto walk = [&](auto boxes, int first_box, auto start, auto own, auto done) {
     constexpr int BOXES = decltype(boxes)::value;
     constexpr bool ROOM = HEAD_DIM < 256;   // for the next tile's first product beside dQ
-    float* dq_target = nullptr;
+    u32 dq_row = 0;
+    bool dq_waits = false;
     if (block.first_tile < block.last_tile) {
-      start(true, block.first_tile);
+      start(true, block.template tile_at<IN_ORDER>(block.first_tile));
       wgmma_wait<0>();
     }
 #pragma unroll 1
@@ -104,29 +113,28 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
       Place place = block.place;
       place.head += head;
 #pragma unroll 1
-      for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+      for (int step = block.first_tile; step < block.last_tile; ++step) {
         // As in backward_sm90.cu, products that are not used spare branches around others under way.
-        const bool follows = tile > block.first_tile || head > 0, last = tile + 1 == block.last_tile, more = !last || head + 1 < problem.heads_per_block;
+        const bool follows = step > block.first_tile || head > 0, last = step + 1 == block.last_tile, more = !last || head + 1 < problem.heads_per_block;
+        const int tile = block.template tile_at<IN_ORDER>(step), next = block.template tile_at<IN_ORDER>(last ? block.first_tile : step + 1);
         own(place, tile);
         float dq[BOXES * 8][4];
-        if constexpr (QUERY_GRADIENT) multiply_ds_k(dq, first_box, follows);
-        wgmma_wait<QUERY_GRADIENT>();
+        multiply_ds_k(dq, first_box, follows);
+        wgmma_wait<1>();
         done();
-        if constexpr (ROOM) start(more, last ? block.first_tile : tile + 1);
-        if constexpr (QUERY_GRADIENT) {
-          wgmma_wait<ROOM>();
-          if (follows) add_dq(dq, first_box, dq_target);
-          dq_target = problem.dq_sum + (block.sequence.padded_row(problem, place) + tile * 64) * HEAD_DIM;
-        }
-        if constexpr (!ROOM) start(more, last ? block.first_tile : tile + 1);
+        if constexpr (ROOM) start(more, next);
+        wgmma_wait<ROOM>();
+        if (follows) add_dq(dq, first_box, dq_row, dq_waits);
+        dq_row = block.sequence.padded_row(problem, place) + tile * 64, dq_waits = tile < end_of_previous;
+        if constexpr (!ROOM) start(more, next);
         wgmma_wait<0>();
       }
     }
-    if (QUERY_GRADIENT && block.first_tile < block.last_tile) {
+    if (block.first_tile < block.last_tile) {
       float dq[BOXES * 8][4];
       multiply_ds_k(dq, first_box, true);
       wgmma_wait<0>();
-      add_dq(dq, first_box, dq_target);
+      add_dq(dq, first_box, dq_row, dq_waits);
     }
   };
 
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
           p_ring.wait_full(base + Tiles::P_FULL);
 #pragma unroll
           for (int step = 0; step < 4; ++step) *(uint4*)words[step] = load_shared_16_bytes(p_at + step * 2048);
-          if constexpr (QUERY_GRADIENT) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+          ds_ring.wait_empty(base + Tiles::DS_EMPTY);
           int swizzle = row % 8 << 4;
           keep_here(swizzle);
           const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + row * 128 + lane % 4 * 4;
@@ -224,18 +232,16 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
 #pragma unroll
               for (int i = 0; i < 2; ++i) x[i] = gradient_of_score<OPTIONS>(problem, to_float(Element{(u16)(word >> 16 * i)}), dp[n][2 * half + i], __uint_as_float(d[n][i]));
               word = pack<PRECISION>(x[0], x[1]);
-              if constexpr (QUERY_GRADIENT) store_shared(ds_at + half * 8 * 128 + (n << 4 ^ swizzle), word);
+              store_shared(ds_at + half * 8 * 128 + (n << 4 ^ swizzle), word);
             }
-          if constexpr (QUERY_GRADIENT) fence_for_async_proxy();
+          fence_for_async_proxy();
           __syncwarp();
           arrive(Tiles::P_EMPTY);
           p_ring.advance();
           arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
           do_ring.advance();
-          if constexpr (QUERY_GRADIENT) {
-            arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
-            ds_ring.advance();
-          }
+          arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
+          ds_ring.advance();
           q_ring.wait_full(base + Tiles::Q_FULL);
           clear(Tiles::Q + q_ring.stage * Tiles::Q_BYTES, Tiles::Q_BOXES, block.sequence.seeing() - tile * 64);
           multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, words, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));   // dK += dSᵀ Q

@@ -19,8 +19,15 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
     const int first_query = visible.query_begin(first_key);
     const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
     first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
-    last_tile = ceil_div(visible.query_end(min(first_key + KEY_TILE, visible.keys) - 1), QUERY_TILE);
+    last_tile = end_of_keys(first_key + KEY_TILE);
   }
+
+  // Query tiles from here on see none of the keys up to `end`.
+  __device__ __forceinline__ int end_of_keys(int end) const { return ceil_div(visible.query_end(min(end, visible.keys) - 1), QUERY_TILE); }
+  // Of the block's query tiles the block before it has those up to here too: all of them, but for windows.
+  __device__ __forceinline__ int end_of_previous() const { return first_key == 0 ? 0 : OPTIONS & WINDOW ? end_of_keys(first_key) : last_tile; }
+  // The tiles in the order of a walk, `step` from first_tile to last_tile - 1.
+  template <bool DESCENDING> __device__ __forceinline__ int tile_at(int step) const { return DESCENDING ? first_tile + last_tile - 1 - step : step; }
 
   // An empty slot has no keys.
   __device__ __forceinline__ bool exists() const { return !(OPTIONS & PACKED) || (first_key >= 0 && first_key < sequence.keys); }

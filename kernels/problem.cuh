@@ -26,6 +26,7 @@ struct Problem {
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
+  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, how many key blocks have added to its dQ, or null
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)

@@ -137,19 +137,21 @@ def test_backward_instances_of_sm90(precision, dims):
     if precision == "bfloat16":
         own_sets = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
         sets |= {own for own in own_sets if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)}
-    with_dq = sets | {own | which for own in sets}
-    chosen = [(own, flag, tiles.backward_sm90(*dims, own, flag)) for flag in (True, False) for own in (with_dq if flag else sets)]
-    names = [tile[0].name(precision, dims, own, flag) for own, flag, tile in chosen if tile is not None]
+    wider = sets | {own | which for own in sets}
+    chosen = [(own, in_order, tiles.backward_sm90(*dims, own, in_order)) for in_order in (False, True) for own in (sets if in_order else wider)]
+    names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
-def test_sizes_of_sm90_backward_tiles(dims):
+def test_sizes_of_sm90_backward_tiles(dims, in_order):
     tile = tiles.BACKWARD_SM90[dims]
-    struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile))))}>"
-    sizes = {"SHARED_BYTES": tile.shared_bytes(dims), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
-    assert tile.shared_bytes(dims) <= SHARED_LIMITS["sm_90"]
+    more = (str(in_order).lower(),) if tile.kernel == "backward_sm90" else ()
+    struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile), *more)))}>"
+    sizes = {"SHARED_BYTES": tile.shared_bytes(dims, in_order), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
+    assert tile.shared_bytes(dims, in_order) <= SHARED_LIMITS["sm_90"]
     conditions = [f"{struct}::{name} == {value}" for name, value in sizes.items()]
     compile_program(program_of_assertions(tile.file, conditions), architecture="sm_90a")
 

@@ -107,10 +107,12 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
-    rows = cupy.empty((3 if dsinks is not None else 2, plan.rows), cupy.float32)
+    rows = cupy.empty((2 + (dsinks is not None) + plan.in_order, plan.rows), cupy.float32)
     words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
     if dsinks is not None:
         words["row_sink"] = rows[2].data.ptr
+    if plan.in_order:
+        words["row_turn"] = rows[-1].data.ptr
     query_sum, query_parts, key_parts = None, dq, (dk, dv)
     if plan.dq_sum_shape is not None:
         query_sum = cupy.empty(plan.dq_sum_shape, cupy.float32)
@@ -251,28 +253,28 @@ def warmup(dtypes, head_dims):
     for precision in dtypes:
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
-            dims, finish = tiles.head_dims(head_dim, head_dim), None
-            forward_tile, main, without_dq = (
-                tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ)
-            )
+            dims = tiles.head_dims(head_dim, head_dim)
+            tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
+            forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
+            finish, backward = f"backward_finish<{kind}, {dims[0]}, 0>", None
             if launch.family(device)[0] == "sm90" and size == 2:
                 own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_SM90)
                 row = [tile for _, tile in tiles.FORWARD_SM90[max(own)]]
                 wanted = [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own)) for tile in row]
                 backward = tiles.backward_sm90(head_dim, head_dim, 0)
-                if backward is not None:
-                    main, dims = backward
-                    without_dq = main
-                    finish = tiles.backward_finish_sm90(precision, dims, 0)
             else:
                 wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
-            query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
-            if main.query_gradient:
-                wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
-            wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
-            wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
+            if backward is not None:
+                main, dims = backward
+                wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]
+                finish = tiles.backward_finish_sm90(precision, dims, 0)
+            else:
+                if main.query_gradient:
+                    wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
+                wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
+                wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
             wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
-            wanted += [("backward_rows.cu", finish or f"backward_finish<{kind}, {dims[0]}, 0>", 0)]
+            wanted += [("backward_rows.cu", finish, 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()
                 modules.kernel(file, name, shared_bytes, device)

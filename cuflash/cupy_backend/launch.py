@@ -20,7 +20,7 @@ log = logging.getLogger("cuflash")
 # struct Problem of kernels/problem.cuh. A test holds the two together.
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
-WORDS = ("row_lse", "row_d", "row_sink", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
+WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
     + [(name, "i4") for name in ("group", "columns", "pairs")],
@@ -193,9 +193,9 @@ def last_first(problem):
     return problem.right is not None and problem.left is None
 
 
-def sweep(problem, head_bytes, places):
-    """How many of the grid's heads are swept together: only where tiles are uneven, and their common operands should fit in L2."""
-    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if last_first(problem) else 1
+def sweep(problem, head_bytes, places, in_order=False):
+    """How many of the grid's heads are swept together: only where tiles are uneven, or blocks of one head wait for each other; what they share should fit in L2."""
+    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if in_order or last_first(problem) else 1
 
 
 def slots(problem, length, tile):
@@ -368,7 +368,7 @@ class BackwardPlan:
 
         main, maps = tiles.choose(tiles.backward_table(options), precision, dims, limit), None
         if family(device)[0] == "sm90" and size == 2 and problem.key_length and problem.query_length:
-            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options, not problem.deterministic)
+            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options, problem.deterministic)
             maps = None if own is None else _maps_of_backward(problem, views, own[0])
             if maps is not None:
                 main, dims = own
@@ -377,9 +377,10 @@ class BackwardPlan:
                     "backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else "TMA cannot read these strides"
                 )
         self.dims = dims
-        # dQ comes from sums over the key blocks, in no fixed order, or from a kernel of its own.
-        self.separate_dq = problem.deterministic or not main.query_gradient
-        if self.separate_dq and maps is None:
+        # dQ comes from sums over the key blocks, in no fixed order or (sm90) in theirs, or (sm80) from a kernel of its own.
+        self.in_order = problem.deterministic and maps is not None
+        self.separate_dq = maps is None and (problem.deterministic or not main.query_gradient)
+        if self.separate_dq:
             main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
         bias_tile = None if problem.bias is None else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
@@ -410,7 +411,7 @@ class BackwardPlan:
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * 4)
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
-        sweep_heads = sweep(problem, head_bytes * together, places // together)
+        sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         rows = {"padded_queries": padded, "padding": padding}
         packed = argument(problem, {**views, **parts}, heads, alignment, partial=self.key_parts, sweep_heads=sweep_heads, **rows, **grid)
 
@@ -423,9 +424,12 @@ class BackwardPlan:
         self.main = self.query = self.finish = self.bias = None
         if not problem.key_length:
             return
-        name = main.name(precision, dims, options, not self.separate_dq)
-        mapping = {} if maps is None else {"maps": maps, "mapped": ("q", "k", "v", "dout")}
-        self.main = launch(main.file, name, places // together * key_tiles, main.threads, main.shared_bytes(dims, size), **mapping)
+        if maps is None:
+            name, shared_bytes, mapping = main.name(precision, dims, options, not self.separate_dq), main.shared_bytes(dims, size), {}
+        else:
+            name, shared_bytes = main.name(precision, dims, options, self.in_order), main.shared_bytes(dims, self.in_order)
+            mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
+        self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping)
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)

@@ -141,12 +141,12 @@ class BackwardSm90Tile(_Parameters):
     query_stages: int
     output_stages: int  # of dO
 
-    kernel, threads, key_tile, query_gradient = "backward_sm90", 384, 128, True
+    kernel, threads, key_tile = "backward_sm90", 384, 128
 
-    def shared_bytes(self, dims, size=2):
+    def shared_bytes(self, dims, in_order=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
-        slabs = 64 * dims[0] * 4 if self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3)
+        slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +154,9 @@ class BackwardWideSm90Tile(_Parameters):
     query_stages: int
     output_stages: int  # of dO
 
-    kernel, threads, key_tile, query_tile, query_gradient = "backward_wide_sm90", 384, 64, 64, True
+    kernel, threads, key_tile, query_tile = "backward_wide_sm90", 384, 64, 64
 
-    def shared_bytes(self, dims, size=2):
+    def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
         return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2)
 
@@ -413,15 +413,15 @@ def forward_sm90(dims, options, queries):
     return next((tile for most, tile in rows if queries <= most), None)
 
 
-def backward_sm90(head_dim, value_dim, options, with_dq=True):
-    """(tile, dims) of the sm90 family for dK and dV, and dQ; or None where the sm80 family has to take it."""
+def backward_sm90(head_dim, value_dim, options, deterministic=False):
+    """(tile, dims) of the sm90 family for a call, or None where the sm80 family has to take it."""
     dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
     # What leaves enough registers:
     fits = _changes_of_scores(options) < 2 and not (options & SCALE_FIRST and options & BIAS)
     if options & SOFTCAP:
         fits = fits and dims == (128, 128)
     if options & DROPOUT:
-        fits = fits and dims != (64, 64) and with_dq
+        fits = fits and dims != (64, 64) and not (deterministic and dims == (256, 256))
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
     return (BACKWARD_SM90[dims], dims) if dims and fits else None

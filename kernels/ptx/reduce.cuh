@@ -1,4 +1,4 @@
-// Float32 sums in device memory, result not returned.
+// Float32 sums in device memory, result not returned; and words by which blocks take turns at them.
 #pragma once
 #include "../types.cuh"
 
@@ -16,5 +16,15 @@ __device__ __forceinline__ void reduce_add(float* address, float x, float y) {
 // Four neighbours; `address` is 16-byte aligned.
 __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+// What the thread did before is there for whoever finds the value, and what bulk copies it asked for then do comes after.
+__device__ __forceinline__ void store_release(u32* address, u32 value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
+__device__ __forceinline__ void wait_for_value(const u32* address, u32 value) {
+  asm volatile(
+      "{\n.reg .pred other;\n.reg .u32 found;\n"
+      "AGAIN:\nld.acquire.gpu.global.u32 found, [%0];\nsetp.ne.u32 other, found, %1;\n@other bra AGAIN;\n"
+      "fence.proxy.async.global;\n}"
+      :: "l"(address), "r"(value) : "memory");
 }
 #endif
