@@ -90,11 +90,13 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     float* tile_at = problem.dq_sum + (i64)first_row * HEAD_DIM;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) reduce_add(tile_at + (((first_box + n / 8) * 4 + warp) * 8 + n % 8) * 128 + lane * 4, dq[n]);
-    if constexpr (IN_ORDER) {
-      __syncwarp();
-      keep_here(first_row);
-      if (lane == 0) store_release(problem.row_turn + first_row + threadIdx.x / 32, block.first_key / 64 + 1);
-    }
+  };
+
+  // In order: tells the next key block. Not at once: it waits for what was added.
+  auto release = [&](u32 row) {
+    if (!IN_ORDER) return;
+    __syncwarp();
+    if (lane == 0) store_release(problem.row_turn + row + threadIdx.x / 32, block.first_key / 64 + 1);
   };
 
   // The walk of a warpgroup over all tiles. start(exists, tile) issues the first product of a tile, scores or their gradients; own(place, tile) goes on from
@@ -125,9 +127,10 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
         if constexpr (ROOM) start(more, next);
         wgmma_wait<ROOM>();
         if (follows) add_dq(dq, first_box, dq_row, dq_waits);
-        dq_row = block.sequence.padded_row(problem, place) + tile * 64, dq_waits = tile < end_of_previous;
         if constexpr (!ROOM) start(more, next);
         wgmma_wait<0>();
+        if (follows) release(dq_row);
+        dq_row = block.sequence.padded_row(problem, place) + tile * 64, dq_waits = tile < end_of_previous;
       }
     }
     if (block.first_tile < block.last_tile) {
@@ -135,6 +138,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
       multiply_ds_k(dq, first_box, true);
       wgmma_wait<0>();
       add_dq(dq, first_box, dq_row, dq_waits);
+      release(dq_row);
     }
   };
 
