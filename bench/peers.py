@@ -86,6 +86,14 @@ class Cuflash(Peer):
         return self.cuflash.attention_vjp(q, k, v, causal=causal)
 
 
+class Deterministic(Cuflash):
+    name, title = "deterministic", "cuflash, deterministic"
+    directions, in_grid = ("backward",), False
+
+    def vjp(self, q, k, v, causal):
+        return self.cuflash.attention_vjp(q, k, v, causal=causal, deterministic=True)
+
+
 class Torch(Peer):
     """What the peers in PyTorch have in common: DLPack both ways, backward through autograd."""
 
@@ -289,6 +297,6 @@ class DenseTorch(Torch):
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
-    for peer in (Cuflash, FlashAttention2, CuDNN, JaxCuDNN, FlashAttention3, FlashAttention4, MemoryEfficient, DenseCuPy, DenseTorch)
+    for peer in (Cuflash, Deterministic, FlashAttention2, CuDNN, JaxCuDNN, FlashAttention3, FlashAttention4, MemoryEfficient, DenseCuPy, DenseTorch)
 }
 TITLES = {name: peer.title for name, peer in PEERS.items()}

@@ -414,13 +414,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     if constexpr ((OPTIONS & SPLIT_KEYS) != 0) {
       const i64 all_rows = (i64)problem.grid_places * problem.queries, part = tile.split * all_rows + place.flat(problem) * problem.queries + first_row;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (row + half * 8 >= rows) continue;
-        if (lane % 4 == 0) problem.partial_lse[part + row + half * 8] = lse[half];
-#pragma unroll
-        for (int n = 0; n < VALUE_DIM / 8; ++n)
-          *(float2*)(problem.partial_out + (part + row + half * 8) * VALUE_DIM + n * 8 + lane % 4 * 2) = make_float2(output[n][2 * half], output[n][2 * half + 1]);
-      }
+      for (int half = 0; half < 2; ++half)
+        if (lane % 4 == 0 && row + half * 8 < rows) problem.partial_lse[part + row + half * 8] = lse[half];
+      store_floats(output, problem.partial_out + part * VALUE_DIM, VALUE_DIM, row, rows, lane);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
