@@ -10,6 +10,10 @@ def _backend(problem):
         from cuflash import numpy_backend as backend
     else:
         from cuflash import cupy_backend as backend
+    if problem.dtype.kind == "c":
+        from cuflash.complex_arrays import ComplexBackend
+
+        backend = ComplexBackend(backend)
     return backend
 
 
