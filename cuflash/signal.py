@@ -36,7 +36,8 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
     keys : array, shape ``(..., S, D)``, or ``(S,)`` with queries ``(L,)``
         Where the values were observed, of the same dtype. S is at least 1.
     values : array, shape ``(..., S, channels)`` or ``(S,)``
-        What was observed, of the same dtype, or of the complex or real one that goes with it: IQ samples at real times, say. Leading dimensions of the three arrays broadcast as for `cuflash.attention`.
+        What was observed, of the same dtype, or of the complex or real one that goes with it: IQ samples at real times, say. Leading dimensions of the
+        three arrays broadcast as for `cuflash.attention`.
     bandwidth : float or array, shape ``()`` or ``(D,)``
         Standard deviation of the kernel, of complex features that along each part, in the units of queries and keys; above 0. One for each feature if
         an array of shape ``(D,)``.
@@ -143,7 +144,8 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     channel_axis : int, optional
         The axis of channels (of a three-component seismogram, say), which share their weights; the last of the other axes is time.
     dtype : dtype, optional
-        Real, of the products; that of x or of its parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round the patches.
+        Real, of the products; that of x or of its parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round
+        the patches.
     precision : str, optional
         As for `cuflash.attention`.
     block : int, default 65536
