@@ -200,7 +200,7 @@ class _Rounded:
         xp = self.problem.xp
         if self.problem.precision != "tf32":
             return x
-        return to_tf32(xp, x.real) + 1j * to_tf32(xp, x.imag) if x.dtype.kind == "c" else to_tf32(xp, x)
+        return (to_tf32(xp, x.real) + 1j * to_tf32(xp, x.imag)).astype(x.dtype) if x.dtype.kind == "c" else to_tf32(xp, x)
 
 
 def to_tf32(xp, x):

@@ -225,7 +225,10 @@ def arrays(complexes):
 
 
 def test_head_dims(complexes, arrays):
-    for name, changed in (("q and k have", {"q": complexes.normal(3, 6, 129), "k": complexes.normal(3, 7, 129)}), ("v has", {"v": complexes.normal(3, 7, 129)})):
+    for name, changed in (
+        ("q and k have", {"q": complexes.normal(3, 6, 129), "k": complexes.normal(3, 7, 129)}),
+        ("v has", {"v": complexes.normal(3, 7, 129)}),
+    ):
         with pytest.raises(ValueError, match=f"{name} a last dimension of 129; allowed: 1 to 128 for {complexes.dtype} arrays"):
             cuflash.attention(**{**arrays, **changed})
 
