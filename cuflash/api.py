@@ -10,6 +10,10 @@ def _backend(problem):
         from cuflash import numpy_backend as backend
     else:
         from cuflash import cupy_backend as backend
+    if problem.dtype.kind == "c":
+        from cuflash.complex_arrays import ComplexBackend
+
+        backend = ComplexBackend(backend)
     return backend
 
 
@@ -23,11 +27,11 @@ def attention(q, k, v, *, out=None, **options):
     Parameters
     ----------
     q : array, shape ``(..., L, E)``
-        Queries: float16, bfloat16 (of ml_dtypes), float32, or, for NumPy arrays, float64. Any strides.
+        Queries: float16, bfloat16 (of ml_dtypes), float32, complex64, or, for NumPy arrays, float64 and complex128. Any strides.
     k : array, shape ``(..., S, E)``
-        Keys, of q's dtype. E is 1 to 256; L and S may be 0.
+        Keys, of q's dtype. E is 1 to 256, of complex arrays 1 to 128; L and S may be 0.
     v : array, shape ``(..., S, Ev)``
-        Values, of q's dtype. Ev is 1 to 256. Leading dimensions of q, k and v broadcast as in `numpy.matmul`, without copies. The heads axis is
+        Values, of q's dtype. Ev as E. Leading dimensions of q, k and v broadcast as in `numpy.matmul`, without copies. The heads axis is
         -3: k and v may have fewer heads, a number that divides q's, which consecutive groups of query heads share.
     {options}
     out : array, optional
@@ -45,11 +49,17 @@ def attention(q, k, v, *, out=None, **options):
     ValueError
         Shapes and values.
     NotImplementedError
-        Complex arrays, and float64 on a GPU.
+        float64 and complex128 on a GPU.
 
     See Also
     --------
     attention_forward, attention_backward, attention_vjp, merge
+
+    Notes
+    -----
+    Of complex arrays the scores are ``(q @ k.conj().T).real * scale``, the softmax and all options about scores are real, and values and out are complex.
+    That is real attention on ``(..., 2 * E)`` numbers, the parts side by side, and is computed so, on the same memory where columns lie side by side
+    (else on a copy, which is logged). The default scale counts complex features: it is ``1 / sqrt(E)``, not ``1 / sqrt(2 * E)``.
 
     References
     ----------
@@ -62,6 +72,13 @@ def attention(q, k, v, *, out=None, **options):
     >>> cuflash.attention(np.array([[0.0], [50.0]]), k, v=np.array([[2.0], [4.0]])).round(6)
     array([[3.],
            [2.]])
+
+    Complex queries look for keys of their own phase.
+
+    >>> turns = np.array([[1], [1j]])
+    >>> cuflash.attention(50 * turns, turns, v=np.array([[2 + 1j], [4 + 3j]])).round(6)
+    array([[2.+1.j],
+           [4.+3.j]])
     """
     return attention_forward(q, k, v, out=out, **options)[0]
 
@@ -84,7 +101,7 @@ def attention_forward(q, k, v, *, out=None, **options):
         As for `attention`.
     lse : array, shape ``(..., L)``
         Natural logarithm of the softmax denominator, ``log(sum(exp(scores)))``, with the sink in the sum and before dropout: float32, or float64 for
-        float64 arrays; in rows that see no key -inf, or the sink.
+        float64 and complex128 arrays; in rows that see no key -inf, or the sink.
 
     Raises
     ------
@@ -150,6 +167,12 @@ def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
     TypeError, ValueError, NotImplementedError
         As for `attention`; also for dout, out, lse or dlse of another place, shape or dtype, and for dropout without a seed.
 
+    Notes
+    -----
+    The gradient of a real loss with respect to complex ``x = a + 1j * b`` is ``dloss/da + 1j * dloss/db``: the direction in which the loss grows fastest,
+    and twice its derivative with respect to the conjugate of x. Both dout and the results are such gradients, as in PyTorch; JAX's are their conjugates.
+    A small step changes the loss by ``sum((gradient.conj() * step).real)``.
+
     References
     ----------
     Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2 (algorithm 2); Dao et al., "FlashAttention", 2022, arXiv:2205.14135, appendix B.
@@ -163,6 +186,17 @@ def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
     >>> dq, dk, dv = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
     >>> dv.sum().round(6)  # each row's weights sum to 1
     np.float64(20.0)
+
+    Of a real loss of complex numbers, ``sum(abs(out)**2)``, the gradient with respect to out is ``2 * out``.
+
+    >>> q, k, v = rng.standard_normal((3, 5, 4)) + 1j * rng.standard_normal((3, 5, 4))
+    >>> out, lse = cuflash.attention_forward(q, k, v)
+    >>> dq, dk, dv = cuflash.attention_backward(2 * out, q, k, v, out, lse)
+    >>> loss = np.sum(abs(out) ** 2)
+    >>> k[1, 2] += 1e-6j  # a step along the imaginary axis
+    >>> change = np.sum(abs(cuflash.attention(q, k, v)) ** 2) - loss
+    >>> bool(np.isclose(change / 1e-6, dk[1, 2].imag, rtol=1e-4))
+    True
     """
     problem, q, k, v = make_problem(q, k, v, options, draw_seed=False)
     out = problem.require("out", out, problem.out_shape, problem.dtype)

@@ -15,6 +15,7 @@ MAX_WINDOW = 2**61  # nor i + offset + right
 
 _ALLOWED = "NumPy arrays, CuPy arrays, or arrays in GPU memory with __dlpack__ or __cuda_array_interface__"
 _DLPACK_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_PARTS = {"complex64": "float32", "complex128": "float64"}
 _INTEGERS = "an int, or an array or list of integers that broadcasts to the batch dimensions"
 
 
@@ -38,9 +39,14 @@ def as_array(name, array):
     return array, array.device.id
 
 
+def parts_dtype(dtype):
+    """The dtype of the parts of complex numbers; of others their own."""
+    return numpy.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
+
+
 def sums_dtype(dtype):
     """The dtype of sums, softmax and lse for arrays of `dtype`."""
-    return numpy.dtype(numpy.float64) if dtype == numpy.float64 else numpy.dtype(numpy.float32)
+    return numpy.dtype(numpy.float64) if parts_dtype(dtype) == numpy.float64 else numpy.dtype(numpy.float32)
 
 
 def _import_cupy(name, exporter):
@@ -63,14 +69,14 @@ def dtype_name(dtype):
 
 
 def supported_dtype(name, dtype, device):
-    kind = dtype_name(dtype)
+    """The name of the dtype; of a complex one that of its parts, which is what products are made of."""
+    own = dtype_name(dtype)
+    kind = _PARTS.get(own, own)
     if kind in ("float32", "bfloat16", "float16") or (kind == "float64" and device is None):
         return kind
     if kind == "float64":
-        raise NotImplementedError(f"{name} has dtype float64 on a GPU, which is not implemented yet; allowed there: float16, bfloat16, float32")
-    if kind in ("complex64", "complex128"):
-        raise NotImplementedError(f"{name} has dtype {kind}, which is not implemented yet; allowed: float16, bfloat16, float32, float64")
-    raise TypeError(f"{name} has dtype {kind}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64")
+        raise NotImplementedError(f"{name} has dtype {own} on a GPU, which is not implemented yet; allowed there: float16, bfloat16, float32, complex64")
+    raise TypeError(f"{name} has dtype {own}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64, complex64, complex128")
 
 
 def is_number(value):
@@ -143,11 +149,16 @@ def over_scores(name, array, shape, dtypes, device):
         return None
     array, place = as_array(name, array)
     same_place("q", device, name, place)
-    if array.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {array.dtype}; allowed here: {' or '.join(dict.fromkeys(map(str, dtypes)))}")
+    of_a_dtype(name, array, dtypes)
     if not broadcasts_to(array.shape, shape):
         raise ValueError(f"{name} has shape {array.shape}; allowed: a shape that broadcasts to (..., L, S), here {shape}")
     return array[(None,) * (len(shape) - array.ndim)]
+
+
+def of_a_dtype(name, array, dtypes):
+    if array.dtype not in dtypes:
+        reason = ", as scores are real numbers" if array.dtype.kind == "c" else ""
+        raise TypeError(f"{name} has dtype {array.dtype}; allowed here: {' or '.join(dict.fromkeys(map(str, dtypes)))}{reason}")
 
 
 def softcap(value, kind):
@@ -186,8 +197,7 @@ def sinks(value, heads, dtypes, device):
         return None
     array, place = as_array("sinks", value)
     same_place("q", device, "sinks", place)
-    if array.dtype not in dtypes:
-        raise TypeError(f"sinks has dtype {array.dtype}; allowed here: {' or '.join(dict.fromkeys(map(str, dtypes)))}")
+    of_a_dtype("sinks", array, dtypes)
     if array.shape != (heads,):
         raise ValueError(f"sinks has shape {array.shape}; allowed here: {(heads,)}, one for each head")
     return array

@@ -2,6 +2,7 @@
 
 import numpy
 
+from cuflash.complex_arrays import as_complex, as_real
 from cuflash.problem import as_array, sums_dtype
 
 
@@ -14,14 +15,14 @@ def merge(outs, lses):
     Parameters
     ----------
     outs : sequence of arrays
-        At least one, each ``(..., L, Ev)``, of one shape, dtype (float16, bfloat16, float32 or float64) and place.
+        At least one, each ``(..., L, Ev)``, of one shape, dtype (float16, bfloat16, float32, float64, complex64 or complex128) and place.
     lses : sequence of arrays
-        As many, each ``(..., L)``, float32 (float64 where outs are float64): natural logarithm of the softmax denominator.
+        As many, each ``(..., L)``, float32 (float64 where outs are float64 or complex128): natural logarithm of the softmax denominator.
 
     Returns
     -------
     out : array
-        ``(..., L, Ev)`` in the dtype of outs. Sums are float32 (float64 for float64). Rows that saw no key in any part are 0.
+        ``(..., L, Ev)`` in the dtype of outs. Sums are float32 (float64 for float64 and complex128). Rows that saw no key in any part are 0.
     lse : array
         ``(..., L)``; -inf for rows that saw no key.
 
@@ -57,6 +58,9 @@ def merge(outs, lses):
 
 
 def _merge(xp, outs, lses):
+    if outs[0].dtype.kind == "c":
+        out, lse = _merge(xp, [as_real("outs", out) for out in outs], lses)
+        return as_complex(out), lse
     dtype, sums = outs[0].dtype, lses[0].dtype
     largest = lses[0]
     for lse in lses[1:]:
@@ -78,8 +82,8 @@ def _check(outs, lses):
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge got {len(outs)} outs and {len(lses)} lses; allowed: as many of each, at least one")
     first, device = as_array("outs[0]", outs[0])
-    if first.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-        raise TypeError(f"outs[0] has dtype {first.dtype}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64")
+    if first.dtype.name not in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128"):
+        raise TypeError(f"outs[0] has dtype {first.dtype}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64, complex64, complex128")
     if first.ndim < 2:
         raise ValueError(f"outs[0] has shape {first.shape}; allowed: at least two dimensions (..., L, Ev)")
     checked = []

@@ -23,7 +23,7 @@ DEFAULTS = {
 
 DOCUMENTATION = """\
 scale : float, optional
-        Finite factor on ``q @ k.T``. Default ``1 / sqrt(E)``.
+        Finite real factor on ``q @ k.T``, of complex arrays on ``(q @ k.conj().T).real``. Default ``1 / sqrt(E)``.
     offset : int, or integers over the batch dimensions, optional
         Position of query 0 on the key axis: query ``i`` stands at key ``i + offset``. Default ``S - L``: the last query stands at the last key;
         ``kv_length - q_length`` where lengths are given, and for packed sequences the same within each. ``offset=0`` aligns the first query with the
@@ -35,15 +35,14 @@ scale : float, optional
     mask : array of bool, optional
         Broadcasts to ``(..., L, S)``; True where a query may see a key.
     bias : array, optional
-        Broadcasts to ``(..., L, S)``, in q's dtype or float32 (float64 for float64): added to the scaled (and capped) scores; -inf hides a key.
-        It has a gradient, of its own shape and dtype.
+        Broadcasts to ``(..., L, S)``, in q's dtype or float32 (float64 for float64); real for complex arrays, in the dtype of their parts. Added to the
+        scaled (and capped) scores; -inf hides a key. It has a gradient, of its own shape and dtype.
     softcap : float, optional
         Scores become ``softcap * tanh(scores / softcap)``, before bias and masks; above 0. None: no cap.
     alibi_slopes : array or list of numbers, optional
         ``(heads,)`` or ``(..., heads)`` with batch dimensions: ``slope * abs(j - i - offset)`` is taken from the scores.
     sinks : array, optional
-        ``(heads,)``, in q's dtype or float32 (float64 for float64): one more score in the softmax denominator (and in lse) of each row, without a value.
-        It has a gradient.
+        ``(heads,)``, in a dtype as the bias: one more score in the softmax denominator (and in lse) of each row, without a value. It has a gradient.
     q_lengths, kv_lengths : int, or integers over the batch dimensions, optional
         How many rows of q (0 to L), and of k and v (0 to S), are valid; what lies beyond never shows. None: all.
     cu_seqlens : (cu_q, cu_k), optional
@@ -56,8 +55,8 @@ scale : float, optional
         Of dropout, 0 to 2**64 - 1: the same seed drops the same weights, on CPU and GPU, forward and backward. None: a new one for each call, which
         `attention_backward` cannot take.
     precision : {"float32", "tf32"}, optional
-        How products of float32 arrays are made. The default "float32" is as accurate as a dense float32 computation; "tf32" is faster on a GPU and
-        rounds the factors to 11 significant bits; ``CUPY_TF32=1`` in the environment makes it the default for CuPy arrays. NumPy arrays are
+        How products of float32 and complex64 arrays are made. The default "float32" is as accurate as a dense float32 computation; "tf32" is faster on
+        a GPU and rounds the factors to 11 significant bits; ``CUPY_TF32=1`` in the environment makes it the default for CuPy arrays. NumPy arrays are
         computed in float32 either way. Arrays of another dtype have one precision, their own.
     deterministic : bool, default False
         Backward gives the same bits on every run. NumPy arrays always do."""

@@ -6,10 +6,10 @@ import sys
 import numpy
 
 from cuflash import arguments
-from cuflash.arguments import as_array, same_place, sums_dtype
+from cuflash.arguments import as_array, parts_dtype, same_place, sums_dtype
 from cuflash.options import DEFAULTS
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of real numbers
 _BOOLEAN = (numpy.dtype(bool),)
 
 
@@ -17,14 +17,15 @@ _BOOLEAN = (numpy.dtype(bool),)
 class Problem:
     """What one call is about: where it runs, its sizes, its numbers, and what happens to a score.
 
-    The letters of the papers: q (..., L, E), k (..., S, E), v (..., S, Ev) -> out (..., L, Ev), lse (..., L).
+    The letters of the papers: q (..., L, E), k (..., S, E), v (..., S, Ev) -> out (..., L, Ev), lse (..., L). Of complex arrays E and Ev count complex
+    numbers; everything about scores is real.
     The output has `heads` heads; query head h uses key head h // (heads // key_heads), and the same for v with value_heads.
     """
 
     module: str  # 'numpy' or 'cupy'
     device: int | None  # GPU index; None for NumPy
     dtype: numpy.dtype  # of q, k, v and out
-    precision: str  # how products are made: 'float16', 'bfloat16', 'float32', 'tf32' or 'float64'
+    precision: str  # how products, of complex arrays those of their parts, are made: 'float16', 'bfloat16', 'float32', 'tf32' or 'float64'
     batch: tuple  # broadcast leading dimensions in front of the heads axis
     heads: int  # heads of the output; 1 when all arrays are 2-D
     lead: tuple  # leading dimensions of the output: () for 2-D arrays, otherwise batch + (heads,)
@@ -41,11 +42,11 @@ class Problem:
     left: int | None  # query i sees the keys i + offset - left <= j <= i + offset + right; None is no bound
     right: int | None
     mask: object  # None or booleans of len(lead) + 2 axes, each of length 1 or that of (*lead, L, S); True is seen
-    bias: object  # None or numbers, of q's dtype or that of sums, with axes as the mask's
+    bias: object  # None or numbers, of q's dtype (complex: of its parts') or that of sums, with axes as the mask's
     bias_shape: tuple | None  # the shape that the bias was given with, and that its gradient gets
     softcap: float  # 0.0 is none
     alibi_slopes: object  # None or numbers of the dtype of sums with len(batch) + 1 axes: (heads) last, the others of length 1 or full
-    sinks: object  # None or (heads,), of q's dtype or that of sums
+    sinks: object  # None or (heads,), in a dtype as the bias
     q_lengths: object  # None or int32 or int64 that broadcast to `batch`: valid rows. Values on a GPU have not been looked at
     kv_lengths: object  # None or the same for keys
     cu_q: object  # None or int32 (sequences + 1,): packed sequence n has the rows cu_q[n] to cu_q[n + 1]
@@ -127,9 +128,11 @@ def make_problem(q, k, v, options, draw_seed=True):
         raise ValueError(f"k has shape {k.shape} and q has {q.shape}; allowed: the same last dimension E")
     if k.shape[-2] != key_length:
         raise ValueError(f"v has shape {v.shape} and k has {k.shape}; allowed: the same length S (dimension -2)")
+    parts = parts_dtype(dtype)
+    most = MAX_HEAD_DIM if parts is dtype else MAX_HEAD_DIM // 2
     for name, size in (("q and k have", head_dim), ("v has", value_dim)):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} a last dimension of {size}; allowed: 1 to {MAX_HEAD_DIM}")
+        if not 1 <= size <= most:
+            raise ValueError(f"{name} a last dimension of {size}; allowed: 1 to {most}{'' if parts is dtype else f' for {dtype} arrays'}")
 
     given = DEFAULTS | options
     sums = sums_dtype(dtype)
@@ -164,11 +167,11 @@ def make_problem(q, k, v, options, draw_seed=True):
         left=left,
         right=right,
         mask=arguments.over_scores("mask", given["mask"], scores_shape, _BOOLEAN, device),
-        bias=arguments.over_scores("bias", bias, scores_shape, (dtype, sums), device),
+        bias=arguments.over_scores("bias", bias, scores_shape, (parts, sums), device),
         bias_shape=None if bias is None else bias.shape,
         softcap=arguments.softcap(given["softcap"], kind),
         alibi_slopes=arguments.alibi_slopes(given["alibi_slopes"], batch, heads, sums, device),
-        sinks=arguments.sinks(given["sinks"], heads, (dtype, sums), device),
+        sinks=arguments.sinks(given["sinks"], heads, (parts, sums), device),
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
         cu_q=cu_q,

@@ -5,7 +5,10 @@
     weights = exp(scores - lse)
     out     = (weights * kept / share kept) v
 
-Everything is computed on the whole (L, S) matrix in float64, on NumPy or CuPy arrays. A row that sees no key has out = 0, lse = -inf (with a sink:
+For complex arrays q kᵀ is Re(q k*ᵀ), k* being the conjugate; weights are real and out is complex. The gradient of a real loss with respect to a complex x
+is dL/d(Re x) + i dL/d(Im x), so that through y = Re(x z*) it is dy z, and through y = w x with real w it is w dy.
+
+Everything is computed on the whole (L, S) matrix in float64 (complex128), on NumPy or CuPy arrays. A row that sees no key has out = 0, lse = -inf (with a sink:
 the sink) and zero gradients. The same formulae in the arrays' own dtype (`dense_forward`, `dense_backward`) say how far a dense computation in that
 dtype is from the definition; the error of the tiled paths is held against that.
 
@@ -21,7 +24,7 @@ from cuflash.problem import make_problem, sums_dtype
 
 @with_options
 def attention_forward(q, k, v, **options):
-    """Dense attention in float64.
+    """Dense attention in float64 (complex128 for complex arrays).
 
     Parameters
     ----------
@@ -31,7 +34,7 @@ def attention_forward(q, k, v, **options):
 
     Returns
     -------
-    out, lse : float64 arrays
+    out, lse : float64 arrays; out complex128 for complex arrays
         ``(..., L, Ev)`` and ``(..., L)``.
     """
     problem, q, k, v = make_problem(q, k, v, options)
@@ -40,7 +43,7 @@ def attention_forward(q, k, v, **options):
 
 @with_options
 def attention_backward(dout, q, k, v, *, dlse=None, **options):
-    """Gradients of dense attention in float64.
+    """Gradients of dense attention in float64 (complex128 for complex arrays).
 
     Parameters
     ----------
@@ -54,7 +57,7 @@ def attention_backward(dout, q, k, v, *, dlse=None, **options):
 
     Returns
     -------
-    dq, dk, dv : float64 arrays
+    dq, dk, dv : float64 arrays; complex128 for complex arrays
         Each in the shape of its array: broadcast dimensions and heads that share a key head are summed.
     dbias, dsinks : float64 arrays
         The same, each only where its array is given.
@@ -189,12 +192,15 @@ class _Rounded:
         self.dtype = sums_dtype(problem.dtype)
 
     def rounded(self, x):
-        """As a result kept in the arrays' dtype."""
-        return x if x.dtype == self.problem.dtype else x.astype(self.problem.dtype).astype(self.dtype)
+        """As a result kept in the arrays' dtype. What is of 32 bits or more is in it already."""
+        return x.astype(self.problem.dtype).astype(self.dtype) if self.problem.dtype.itemsize == 2 else x
 
     def factor(self, x):
         """As a factor of a product."""
-        return to_tf32(self.problem.xp, x) if self.problem.precision == "tf32" else x
+        xp = self.problem.xp
+        if self.problem.precision != "tf32":
+            return x
+        return (to_tf32(xp, x.real) + 1j * to_tf32(xp, x.imag)).astype(x.dtype) if x.dtype.kind == "c" else to_tf32(xp, x)
 
 
 def to_tf32(xp, x):
@@ -215,7 +221,7 @@ def _backward(problem, dout, q, k, v, dlse, arithmetic):
     shapes = q.shape, k.shape, v.shape
     q, k, v = _whole_heads(problem, q, k, v, arithmetic.dtype)
     row_exists, key_exists = valid(problem)
-    dout = dout.astype(arithmetic.dtype).reshape(*problem.batch, problem.heads, problem.query_length, problem.value_dim)
+    dout = _features(dout, arithmetic.dtype).reshape(*problem.batch, problem.heads, problem.query_length, problem.value_dim)
     dout = xp.where(row_exists, dout, 0)
     score, slope, out, lse = _attend(problem, q, k, v, arithmetic)
     # The weights again, from lse: backward is given lse, not the weights.
@@ -223,12 +229,12 @@ def _backward(problem, dout, q, k, v, dlse, arithmetic):
     reached = xp.where(empty, numpy.inf, lse)
     with numpy.errstate(invalid="ignore", over="ignore"):
         weights = arithmetic.rounded(xp.exp(score - reached[..., None]))
-        dweights = arithmetic.rounded(_product(xp, dout, _transposed(v), arithmetic))
+        dweights = arithmetic.rounded(_product(xp, dout, _adjoint(v), arithmetic).real)
         dropped, factor = weights, kept(problem)
         if factor is not None:
             dropped, dweights = (arithmetic.rounded(array * factor.astype(arithmetic.dtype)) for array in (weights, dweights))
         # Through the softmax: dscores = weights * (dweights - rowsum(dout * out)); the gradient of lse adds weights * dlse.
-        delta = (dout * out).sum(-1)
+        delta = (dout * out.conj()).real.sum(-1)
         if dlse is not None:
             delta = delta - xp.where(empty, 0, dlse.astype(arithmetic.dtype).reshape(delta.shape))
         dscores = arithmetic.rounded(weights * (dweights - delta[..., None]))
@@ -251,7 +257,7 @@ def _backward(problem, dout, q, k, v, dlse, arithmetic):
 def _attend(problem, q, k, v, arithmetic):
     """scores and their derivative (..., L, S), out (..., L, Ev) and lse (..., L)."""
     xp = problem.xp
-    score, slope = scores(problem, arithmetic.rounded(_product(xp, q, _transposed(k), arithmetic)), arithmetic.rounded)
+    score, slope = scores(problem, arithmetic.rounded(_product(xp, q, _adjoint(k), arithmetic).real), arithmetic.rounded)
     score = arithmetic.rounded(score)
     row_max = score.max(-1, keepdims=True) if problem.key_length else xp.full((*score.shape[:-1], 1), -numpy.inf, score.dtype)
     sinks = None if problem.sinks is None else problem.sinks.astype(score.dtype)[:, None, None]
@@ -281,6 +287,16 @@ def _transposed(x):
     return x.swapaxes(-1, -2)
 
 
+def _adjoint(x):
+    """The transpose, conjugated: of real arrays the transpose."""
+    return _transposed(x).conj()
+
+
+def _features(array, dtype):
+    """Queries, keys or values in `dtype`, or in the complex dtype with such parts."""
+    return array.astype(numpy.result_type(dtype, numpy.complex64) if array.dtype.kind == "c" else dtype)
+
+
 def _with_heads(array):
     return array[None] if array.ndim == 2 else array
 
@@ -291,7 +307,7 @@ def _whole_heads(problem, q, k, v, dtype):
     row_exists, key_exists = valid(problem)
     whole = []
     for array, exists in ((q, row_exists), (k, key_exists), (v, key_exists)):
-        array = _with_heads(array.astype(dtype))
+        array = _with_heads(_features(array, dtype))
         if array.shape[-3] != problem.heads:
             array = xp.repeat(array, problem.heads // array.shape[-3], axis=-3)
         whole.append(xp.where(exists, xp.broadcast_to(array, problem.batch + array.shape[-3:]), 0))

@@ -11,7 +11,7 @@ def described(q, k, v, options):
     try:
         places = q.data.device_id, k.data.device_id, v.data.device_id
         arrays = q.shape, k.shape, v.shape, q.strides, k.strides, v.strides
-        precision = os.environ.get("CUPY_TF32") if q.dtype.char == "f" else None  # the default of float32 arrays (arguments.precision)
+        precision = os.environ.get("CUPY_TF32") if q.dtype.char in "fF" else None  # the default of float32 and complex64 arrays (arguments.precision)
         key = (*places, q.dtype, k.dtype, v.dtype, *arrays, precision, *options.items(), *map(type, options.values()))
         hash(key)
         return key

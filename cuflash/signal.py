@@ -7,12 +7,15 @@ A Gaussian weight is a softmax over the keys: with a = query / bandwidth and b =
 so one more feature, which holds the key's norm, turns kernel smoothing into attention with scale 1. The norm is large where a·b is large, and their
 difference is what counts; so the data are centred first, and where products are rounded (16-bit types and TF32) the norm is taken of the rounded
 features and spread over three features, which together hold it as exactly as float32 does.
+
+Complex numbers (IQ samples, analytic signals) are two real ones each: distances and means are those of their parts, |a - b|² being the sum over both.
 """
 
 import numpy
 
 from cuflash.api import attention, attention_vjp
-from cuflash.problem import as_array, make_problem, sums_dtype
+from cuflash.complex_arrays import as_complex, as_real
+from cuflash.problem import as_array, make_problem, parts_dtype, sums_dtype
 
 __all__ = ["kernel_regression", "kernel_regression_vjp", "noise_level", "nonlocal_means", "nonlocal_means_vjp"]
 
@@ -28,22 +31,26 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
     Parameters
     ----------
     queries : array, shape ``(..., L, D)`` or ``(L,)``
-        Where to predict: float16, bfloat16, float32, or, for NumPy arrays, float64. D is 1 to 255 (253 if `dtype` is of 16 bits or with TF32).
+        Where to predict: float16, bfloat16, float32, complex64, or, for NumPy arrays, float64 and complex128. D is 1 to 255 (253 if `dtype` is of
+        16 bits or with TF32); each complex feature counts as two.
     keys : array, shape ``(..., S, D)``, or ``(S,)`` with queries ``(L,)``
         Where the values were observed, of the same dtype. S is at least 1.
     values : array, shape ``(..., S, channels)`` or ``(S,)``
-        What was observed, of the same dtype. Leading dimensions of the three arrays broadcast as for `cuflash.attention`.
+        What was observed, of the same dtype, or of the complex or real one that goes with it: IQ samples at real times, say. Leading dimensions of the
+        three arrays broadcast as for `cuflash.attention`.
     bandwidth : float or array, shape ``()`` or ``(D,)``
-        Standard deviation of the kernel, in the units of queries and keys; above 0. One for each feature if an array of shape ``(D,)``.
+        Standard deviation of the kernel, of complex features that along each part, in the units of queries and keys; above 0. One for each feature if
+        an array of shape ``(D,)``.
     dtype : dtype, optional
-        Of the products; the arrays' own by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round the features.
+        Real, of the products; that of the arrays or of their parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU
+        and round the features.
     precision : str, optional
         As for `cuflash.attention`.
 
     Returns
     -------
     out : array, shape ``(..., L, channels)``, or ``(..., L)`` for values ``(S,)``
-        In the dtype of queries.
+        In the dtype of values.
 
     Raises
     ------
@@ -88,12 +95,13 @@ def kernel_regression_vjp(queries, keys, values, *, bandwidth, dtype=None, preci
         As `kernel_regression`.
     vjp : callable
         ``vjp(dout) -> (dqueries, dkeys, dvalues, dbandwidth)``, dout of the shape of out; each result in the shape of its argument, the first three
-        in their dtype and dbandwidth in float32 (float64 for float64 arrays). Any number of times.
+        in its dtype and dbandwidth in float32 (float64 for float64 and complex128 arrays). Any number of times. Complex gradients are as those of
+        `cuflash.attention_backward`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As for `kernel_regression`; also for dout of another place or shape.
+        As for `kernel_regression`; also for dout of another place or shape, or complex where out is real, and the reverse.
 
     References
     ----------
@@ -122,18 +130,22 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     Parameters
     ----------
     x : array, shape ``(..., N)``
-        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32, or, for NumPy arrays, float64.
+        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32, complex64 (IQ samples, analytic signals), or,
+        for NumPy arrays, float64 and complex128.
     patch : int, default 63
         Samples in a patch, 1 to N. With an odd number the sample is in the middle. On a GPU 31, 63, 127 or 255 (with the norm 32 to 256 features) waste
-        nothing; with 16-bit types or TF32, whose norm takes three features, 29, 61, 125 or 253. ``patch * channels`` is at most 255 (253).
+        nothing; with 16-bit types or TF32, whose norm takes three features, 29, 61, 125 or 253. ``patch * channels`` is at most 255 (253); complex
+        channels count twice.
     bandwidth : float or array that broadcasts to the batch ``x.shape[:-1]``, optional
         In the units of x; above 0. By default ``0.5 * noise * sqrt(patch * channels)``: two patches that differ by noise alone weigh about exp(-4).
     noise : float or array that broadcasts to the batch, optional
-        Standard deviation of the white noise in x, for the default bandwidth; by default `noise_level`, which waits for the GPU.
+        Standard deviation of the white noise in x (of complex noise ``sqrt(mean(abs(noise)**2))``, both parts together, as `numpy.std`), for the default
+        bandwidth; by default `noise_level`, which waits for the GPU.
     channel_axis : int, optional
         The axis of channels (of a three-component seismogram, say), which share their weights; the last of the other axes is time.
     dtype : dtype, optional
-        Of the products; x's own by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round the patches.
+        Real, of the products; that of x or of its parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round
+        the patches.
     precision : str, optional
         As for `cuflash.attention`.
     block : int, default 65536
@@ -195,12 +207,13 @@ def nonlocal_means_vjp(x, *, patch=63, bandwidth=None, noise=None, channel_axis=
         As `nonlocal_means`.
     vjp : callable
         ``vjp(dy) -> (dx, dbandwidth)``, dy of the shape of y: dx in the shape and dtype of x; dbandwidth in the shape of the bandwidth, in float32
-        (float64 for float64 arrays). A bandwidth that was made from `noise`, or from x, counts as given. Any number of times.
+        (float64 for float64 and complex128 arrays). A bandwidth that was made from `noise`, or from x, counts as given. Any number of times. Complex
+        gradients are as those of `cuflash.attention_backward`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As for `nonlocal_means`; also for dy of another place or shape.
+        As for `nonlocal_means`; also for dy of another place or shape, or complex where y is real, and the reverse.
 
     References
     ----------
@@ -228,14 +241,15 @@ def noise_level(x, *, axis=-1):
     Parameters
     ----------
     x : array
-        Real signals with at least 3 samples along `axis`, NumPy or CuPy.
+        Signals, real or complex, with at least 3 samples along `axis`, NumPy or CuPy.
     axis : int, default -1
         Time.
 
     Returns
     -------
     sigma : array, shape of x without `axis`
-        In float32, or float64 for float64 arrays. What the signal itself has near the Nyquist frequency counts as noise.
+        In float32, or float64 for float64 and complex128 arrays; of complex noise that of both parts together, as `numpy.std`. What the signal itself
+        has near the Nyquist frequency counts as noise.
 
     Raises
     ------
@@ -257,9 +271,11 @@ def noise_level(x, *, axis=-1):
     >>> float(noise_level(np.sin(np.arange(10_000) / 100) + noise).round(1))
     0.5
     """
-    x, xp, _ = _real("x", x)
+    x, xp, _ = _floating("x", x)
     if x.ndim == 0 or not -x.ndim <= axis < x.ndim or x.shape[axis] < 3:
         raise ValueError(f"x has shape {x.shape} and {axis=}; allowed: at least 3 samples along that axis")
+    if x.dtype.kind == "c":
+        return xp.hypot(noise_level(x.real, axis=axis), noise_level(x.imag, axis=axis))
     x = xp.moveaxis(x, axis, -1).astype(sums_dtype(x.dtype))
     # Second differences of white noise have variance 1 + 4 + 1; half of a normal variable's absolute values lie below 0.6745.
     return xp.median(xp.abs(xp.diff(x, n=2, axis=-1)), axis=-1) / (0.67448975 * 6**0.5)
@@ -270,8 +286,10 @@ class _Kernel:
 
     def __init__(self, xp, dtype, compute_dtype, precision):
         self.xp = xp
-        self.dtype = dtype  # of the user's arrays
+        self.dtype = dtype  # of the user's arrays, of complex ones that of their parts
         self.compute_dtype = dtype if compute_dtype is None else _as_dtype(compute_dtype)
+        if self.compute_dtype.kind == "c":
+            raise TypeError(f"dtype is {self.compute_dtype}; allowed: a real one, as products are made of the parts of complex numbers")
         probe = xp.zeros((1, 1), self.compute_dtype)
         problem = make_problem(probe, probe, probe, {"precision": precision})[0]  # raises for a dtype or precision that attention refuses
         self.options = {"scale": 1.0, "precision": precision}
@@ -337,9 +355,10 @@ class _Kernel:
 
 class _Regression:
     def __init__(self, queries, keys, values, bandwidth, dtype, precision):
-        queries, xp, device = _real("queries", queries)
+        queries, xp, device = _floating("queries", queries)
         keys, values = _beside("queries", queries, device, keys=keys, values=values)
         self.shapes = queries.shape, keys.shape, values.shape
+        self.complex_features, self.complex_values = queries.dtype.kind == "c", values.dtype.kind == "c"
         if queries.ndim == keys.ndim == 1:
             queries, keys = queries[:, None], keys[:, None]
         self.values = values[:, None] if values.ndim == 1 else values
@@ -350,14 +369,22 @@ class _Regression:
             raise ValueError(f"queries, keys and values have shapes {self.shapes}; allowed: the same D in queries and keys, the same S in keys and values")
         if keys.shape[-2] == 0:
             raise ValueError(f"keys has shape {keys.shape}; allowed: at least one key")
-        self.kernel = kernel = _Kernel(xp, queries.dtype, dtype, precision)
-        kernel.check_features(f"queries has {features} features", features)
-        self.bandwidth = _positive("bandwidth", bandwidth, xp, kernel.work_dtype)
+        self.kernel = kernel = _Kernel(xp, parts_dtype(queries.dtype), dtype, precision)
+        self.bandwidth = widths = _positive("bandwidth", bandwidth, xp, kernel.work_dtype)
         if self.bandwidth.shape not in ((), (1,), (features,)):
             raise ValueError(f"bandwidth has shape {self.bandwidth.shape}; allowed: () or ({features},)")
+        described = f"queries has {features} features"
+        if self.complex_features:
+            queries, keys = as_real("queries", queries), as_real("keys", keys)
+            widths = widths.repeat(2) if widths.shape == (features,) else widths
+            features, described = 2 * features, f"{described} of two parts each"
+        if self.complex_values:
+            self.values = as_real("values", self.values)
+        self.widths = widths  # the bandwidth of each real feature
+        kernel.check_features(described, features)
         # The weights do not change when queries and keys move together, and near 0 less is rounded.
         middle = keys.reshape(-1, features).mean(0, dtype=kernel.work_dtype)
-        self.a, self.b = (kernel.rounded((array.astype(kernel.work_dtype) - middle) / self.bandwidth) for array in (queries, keys))
+        self.a, self.b = (kernel.rounded((array.astype(kernel.work_dtype) - middle) / self.widths) for array in (queries, keys))
         self.q, self.k = (kernel.buffer(*array.shape) for array in (self.a, self.b))
         self.q[..., :features], self.k[..., :features] = self.a, self.b
         kernel.finish_queries(self.q)
@@ -368,8 +395,12 @@ class _Regression:
         return self._result(attention(self.q, self.k, self.v, **self.kernel.options))
 
     def _result(self, out):
-        out = out.astype(self.kernel.dtype, copy=False)
+        out = self._given_dtype(out, self.complex_values)
         return out[..., 0] if len(self.shapes[2]) == 1 else out
+
+    def _given_dtype(self, array, is_complex):
+        array = array.astype(self.kernel.dtype, copy=False)
+        return as_complex(array) if is_complex else array
 
     def forward_vjp(self):
         out, attention_gradients = attention_vjp(self.q, self.k, self.v, **self.kernel.options)
@@ -378,13 +409,19 @@ class _Regression:
 
         def vjp(dout):
             """Gradients of (queries, keys, values, bandwidth), given that of the result."""
-            size, dout = kernel.unit_size(_gradient_of("dout", dout, result).astype(work).reshape(out.shape))
+            dout = _gradient_of("dout", dout, result)
+            if self.complex_values:
+                dout = as_real("dout", dout[..., None] if len(self.shapes[2]) == 1 else dout)
+            size, dout = kernel.unit_size(dout.astype(work).reshape(out.shape))
             dq, dk, dv = attention_gradients(dout)
             da, db = kernel.query_gradient(dq) * size, kernel.key_gradient(dk, self.k) * size
             stretch = sum((g * array.astype(work)).reshape(-1, array.shape[-1]).sum(0) for g, array in ((da, self.a), (db, self.b)))
-            dbandwidth = _sum_to(-stretch / self.bandwidth, self.bandwidth.shape)
-            gradients = (da / self.bandwidth, db / self.bandwidth, dv.astype(work) * size)
-            return *(g.astype(kernel.dtype).reshape(shape) for g, shape in zip(gradients, self.shapes)), dbandwidth
+            dwidths = -stretch / self.widths
+            if self.complex_features:
+                dwidths = dwidths.reshape(-1, 2).sum(-1)
+            gradients = (da / self.widths, self.complex_features), (db / self.widths, self.complex_features), (dv.astype(work) * size, self.complex_values)
+            gradients = [self._given_dtype(g, is_complex).reshape(shape) for (g, is_complex), shape in zip(gradients, self.shapes)]
+            return *gradients, _sum_to(dwidths, self.bandwidth.shape)
 
         return result, vjp
 
@@ -393,9 +430,9 @@ class _Means:
     """One record, or a batch, as u = (x - mean) / bandwidth of shape (..., channels, N), reflected at the ends in `padded`."""
 
     def __init__(self, x, patch, bandwidth, noise, channel_axis, dtype, precision):
-        x, xp, _ = _real("x", x)
-        self.x = x
-        self.kernel = kernel = _Kernel(xp, x.dtype, dtype, precision)
+        x, xp, _ = _floating("x", x)
+        self.complex = x.dtype.kind == "c"
+        self.kernel = kernel = _Kernel(xp, parts_dtype(x.dtype), dtype, precision)
         self.channel_axis = channel_axis
         if channel_axis is not None and not (isinstance(channel_axis, int) and x.ndim > 1 and -x.ndim <= channel_axis < x.ndim):
             raise ValueError(f"channel_axis is {channel_axis!r} and x has shape {x.shape}; allowed: None, or an axis beside time")
@@ -403,13 +440,15 @@ class _Means:
             raise ValueError("x has no dimensions; allowed: (..., N)")
         self.patch = _positive_int("patch", patch)
         rows = self._rows(x)
-        channels, self.length = rows.shape[-2:]
+        parts = 2 if self.complex else 1
+        channels, self.length = rows.shape[-2] // parts, rows.shape[-1]
         if self.patch > self.length:
             raise ValueError(f"patch is {patch} and x has {self.length} samples along time; allowed: 1 to {self.length}")
-        kernel.check_features(f"patch * channels is {self.patch} * {channels}", self.patch * channels)
+        described = f"patch * channels is {self.patch} * {channels}" + (" complex ones, of two parts each" if self.complex else "")
+        kernel.check_features(described, self.patch * channels * parts)
         rows = rows.astype(kernel.work_dtype)
         if bandwidth is None:
-            noise = self._estimated_noise(rows) if noise is None else _positive("noise", noise, xp, kernel.work_dtype)
+            noise = self._estimated_noise(rows) * parts**0.5 if noise is None else _positive("noise", noise, xp, kernel.work_dtype)
             bandwidth = noise * kernel.work_dtype.type(0.5 * (self.patch * channels) ** 0.5)
         elif noise is not None:
             raise ValueError("noise and bandwidth are both given; allowed: one of them")
@@ -425,8 +464,9 @@ class _Means:
         self.padded = self._pad(self.u)
 
     def _rows(self, array):
-        """(..., channels, N), channels being 1 without a channel axis."""
-        return array[..., None, :] if self.channel_axis is None else self.kernel.xp.moveaxis(array, self.channel_axis, -2)
+        """(..., channels, N), channels being 1 without a channel axis; twice as many for the parts of complex numbers."""
+        rows = array[..., None, :] if self.channel_axis is None else self.kernel.xp.moveaxis(array, self.channel_axis, -2)
+        return as_real("x", rows.swapaxes(-1, -2)).swapaxes(-1, -2) if self.complex else rows
 
     def _estimated_noise(self, rows):
         """One for each record: the channels share their weights."""
@@ -469,8 +509,12 @@ class _Means:
         return self._shaped(rows)
 
     def _shaped(self, rows):
-        rows = rows[..., 0, :] if self.channel_axis is None else self.kernel.xp.moveaxis(rows, -2, self.channel_axis)
-        return self.kernel.xp.ascontiguousarray(rows.astype(self.kernel.dtype))
+        """The reverse of `_rows`, in the dtype of x."""
+        xp = self.kernel.xp
+        rows = rows.astype(self.kernel.dtype)
+        if self.complex:
+            rows = as_complex(xp.ascontiguousarray(rows.swapaxes(-1, -2))).swapaxes(-1, -2)
+        return xp.ascontiguousarray(rows[..., 0, :] if self.channel_axis is None else xp.moveaxis(rows, -2, self.channel_axis))
 
     def forward(self, block, progress):
         keys, values = self._keys(), self._values()
@@ -513,11 +557,11 @@ class _Means:
         return du
 
 
-def _real(name, array):
-    """The array, its module and its GPU index, checked to be of real floating-point numbers."""
+def _floating(name, array):
+    """The array, its module and its GPU index, checked to be of floating-point numbers."""
     array, device = as_array(name, array)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}; allowed: real floating-point numbers, such as {name}.astype(numpy.float32)")
+    if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {array.dtype}; allowed: floating-point numbers, such as {name}.astype(numpy.float32)")
     if device is None:
         return array, numpy, device
     import cupy
@@ -526,13 +570,13 @@ def _real(name, array):
 
 
 def _beside(first_name, first, device, **arrays):
-    """The arrays, checked to be where the first is and of its dtype."""
+    """keys and values, checked to be where the queries are and of their dtype; values may be complex where queries are real, and the reverse."""
     checked = []
     for name, array in arrays.items():
         array, place = as_array(name, array)
         if place != device:
             raise TypeError(f"{name} and {first_name} are in different places; allowed: all arrays NumPy, or all on one GPU")
-        if array.dtype != first.dtype:
+        if array.dtype != first.dtype and not (name == "values" and parts_dtype(array.dtype) == parts_dtype(first.dtype)):
             raise TypeError(f"{name} has dtype {array.dtype} and {first_name} has {first.dtype}; allowed: one dtype")
         checked.append(array)
     return checked
@@ -542,6 +586,8 @@ def _gradient_of(name, gradient, result):
     gradient, device = as_array(name, gradient)
     if device != as_array("result", result)[1]:
         raise TypeError(f"{name} is not where the result is; allowed: a gradient of the same module and GPU")
+    if (gradient.dtype.kind == "c") != (result.dtype.kind == "c"):
+        raise TypeError(f"{name} has dtype {gradient.dtype} and the result has {result.dtype}; allowed: both real, or both complex")
     if gradient.shape != result.shape:
         raise ValueError(f"{name} has shape {gradient.shape}; allowed here: {result.shape}")
     return gradient
@@ -560,11 +606,15 @@ def _positive(name, value, xp, dtype):
     if not isinstance(value, numpy.ndarray) and hasattr(value, "__cuda_array_interface__"):
         if xp is numpy:
             raise TypeError(f"{name} is on a GPU and the signal is not; allowed: a number or a NumPy array")
-        return xp.asarray(value).astype(dtype, copy=False)
+        array = xp.asarray(value)
+        if array.dtype.kind == "c":
+            raise TypeError(f"{name} has dtype {array.dtype}; allowed: real numbers above 0")
+        return array.astype(dtype, copy=False)
     try:
-        host = numpy.asarray(value, dtype=numpy.float64)
+        host = numpy.asarray(value)
+        host = host.astype(numpy.float64, casting="same_kind" if host.dtype.kind == "c" else "unsafe")
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; allowed: a number above 0, or an array of them") from None
+        raise TypeError(f"{name} is {value!r}; allowed: a real number above 0, or an array of them") from None
     with numpy.errstate(over="ignore", under="ignore"):
         host = host.astype(dtype)
     if not (numpy.isfinite(host) & (host > 0)).all():

@@ -28,6 +28,7 @@ if BLAS_THREADS is not None:
 ON_GPU = pytest.mark.gpu
 PRECISIONS = [("numpy", name) for name in ("float16", "bfloat16", "float32", "float64")]
 PRECISIONS += [("cupy", name) for name in ("float16", "bfloat16", "float32", "tf32")]
+COMPLEX_PRECISIONS = [("numpy", "complex64"), ("numpy", "complex128"), ("cupy", "complex64"), ("cupy", "complex64 tf32")]
 DIRTY_BYTES = 64 << 20
 
 
@@ -57,6 +58,13 @@ def arrays(xp, seed):
 @pytest.fixture(params=[_parameter(*pair) for pair in PRECISIONS])
 def every(request, seed):
     """Arrays of both modules in every precision that they have there."""
+    module, precision = request.param
+    return Arrays(_module(module), precision, seed)
+
+
+@pytest.fixture(params=[_parameter(*pair) for pair in COMPLEX_PRECISIONS])
+def complexes(request, seed):
+    """Complex arrays of both modules in every precision that they have there."""
     module, precision = request.param
     return Arrays(_module(module), precision, seed)
 

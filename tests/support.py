@@ -8,6 +8,7 @@ import numpy
 
 import cuflash
 from cuflash import reference
+from cuflash.problem import parts_dtype, sums_dtype
 
 try:
     import cupy
@@ -22,6 +23,9 @@ DTYPES = {
     "float32": numpy.dtype(numpy.float32),
     "tf32": numpy.dtype(numpy.float32),
     "float64": numpy.dtype(numpy.float64),
+    "complex64": numpy.dtype(numpy.complex64),
+    "complex64 tf32": numpy.dtype(numpy.complex64),
+    "complex128": numpy.dtype(numpy.complex128),
 }
 
 
@@ -32,12 +36,17 @@ class Arrays:
         self.xp = xp
         self.precision = precision
         self.dtype = DTYPES[precision]
-        self.lse_dtype = numpy.dtype(numpy.float64 if precision == "float64" else numpy.float32)
-        self.options = {"precision": "tf32"} if precision == "tf32" else {}
+        self.score_dtype = parts_dtype(self.dtype)  # of biases and sinks
+        self.lse_dtype = sums_dtype(self.dtype)
+        self.options = {"precision": "tf32"} if precision.endswith("tf32") else {}
         self.rng = numpy.random.default_rng(seed)
 
     def normal(self, *shape, dtype=None):
-        return self.xp.asarray(self.rng.standard_normal(shape).astype(dtype or self.dtype))
+        dtype = numpy.dtype(dtype or self.dtype)
+        numbers = self.rng.standard_normal(shape)
+        if dtype.kind == "c":
+            numbers = numbers + 1j * self.rng.standard_normal(shape)
+        return self.xp.asarray(numbers.astype(dtype))
 
     def qkv(self, length, keys, head_dim=64, value_dim=None, lead=()):
         """q, k, v of the same leading dimensions."""
@@ -46,8 +55,10 @@ class Arrays:
 
 
 def to_numpy(array):
-    """As float64 (integers as they are) on the CPU."""
+    """As float64 (integers as they are) on the CPU; of complex numbers the parts, side by side along the last axis."""
     array = array if isinstance(array, numpy.ndarray) else cupy.asnumpy(array)
+    if array.dtype.kind == "c":
+        return array.astype(numpy.complex128, order="C").view(numpy.float64)
     return array if array.dtype.kind in "iub" else array.astype(numpy.float64)
 
 
@@ -78,7 +89,7 @@ def assert_close_to_reference(name, actual, expected, *dense, roundings=1, sprea
     if on_cpu:
         roundings = max(roundings, 4)  # the order of sums, and so the luck, is that of the machine's BLAS
     # The float64 reference has as large an error of its own, and the dense error is an estimate then (see expected_and_dense).
-    bound = (8 if dtype == numpy.float64 else 2) * dense_error + roundings * spacing(dtype) * numpy.abs(expected).max()
+    bound = (8 if parts_dtype(dtype) == numpy.float64 else 2) * dense_error + roundings * spacing(dtype) * numpy.abs(expected).max()
     assert error <= bound, f"{name}: error {error:.3g} is over the bound {bound:.3g} (dense computation in {dtype}: {dense_error:.3g})"
 
 
@@ -87,26 +98,27 @@ def expected_and_dense(expected_function, dense_function, arrays, outputs_have_f
     arrays = [contiguous(array) for array in arrays]
     options = {name: contiguous(value) if is_array(value) else value for name, value in options.items()}
     expected = expected_function(*arrays, **options)
-    if arrays[0].dtype == numpy.float64:
+    parts = parts_dtype(arrays[0].dtype)
+    if parts == numpy.float64:
         # The error of a dense float64 computation cannot be measured against itself: take that of float32, at its scale.
-        rounded = [array.astype(numpy.float32) for array in arrays]
+        rounded = [array.astype(numpy.complex64 if array.dtype.kind == "c" else numpy.float32) for array in arrays]
         options = {name: value.astype(numpy.float32) if is_array(value) and value.dtype == numpy.float64 else value for name, value in options.items()}
         options["precision"] = "float32"
         pairs = zip(expected, dense_function(*rounded, **options), expected_function(*rounded, **options))
         with numpy.errstate(invalid="ignore"):
             return [(right, numpy.where(numpy.isinf(right), right, right + (near - own) * 2.0**-29)) for right, near, own in pairs]
     dense = [dense_function(*arrays, **options)]
-    if arrays[0].dtype == numpy.float32:
+    if parts == numpy.float32:
         # Once more with the features in reverse: other sums, other roundings.
         turned = dense_function(*(contiguous(array[..., ::-1]) for array in arrays), **options)
         dense.append([array[..., ::-1] if has else array for array, has in zip(turned, outputs_have_features)])
     sums_over_rows = bool(options.keys() & {"bias", "sinks"})
-    if options.get("precision") == "tf32" or (sums_over_rows and arrays[0].dtype.itemsize == 2):
+    if options.get("precision") == "tf32" or (sums_over_rows and parts.itemsize == 2):
         # Here the inputs are rounded (16-bit: the output too), which order does not change; other inputs with the same scores have other roundings. Several
         # of them, as sums over all rows (dsinks, dbias) are few numbers, whose error in one computation can be small by chance.
         for factor in (1.1, 1.3, 1.7, 1.9) if sums_over_rows else (1.3,):
             factors = numpy.array([factor, factor, 1 / factor, factor][-len(arrays) :], numpy.float32)
-            scaled = [(array.astype(numpy.float32) * own).astype(array.dtype) for array, own in zip(arrays, factors)]
+            scaled = [(array.astype(numpy.result_type(array.dtype, own)) * own).astype(array.dtype) for array, own in zip(arrays, factors)]
             pairs = zip(expected, dense_function(*scaled, **options), expected_function(*scaled, **options))
             dense.append([right + scaled_error(near, own) * largest(right) for right, near, own in pairs])
     return list(zip(expected, *dense))
@@ -135,7 +147,7 @@ def check_forward(q, k, v, *, roundings=1, out=None, **options):
     wanted = expected_and_dense(reference.attention_forward, reference.dense_forward, (q, k, v), (True, False), options)
     result = cuflash.attention_forward(q, k, v, out=out, **options)
     assert result[0].dtype == q.dtype
-    assert result[1].dtype == (numpy.float64 if q.dtype == numpy.float64 else numpy.float32)
+    assert result[1].dtype == sums_dtype(q.dtype)
     for name, actual, own in zip(("out", "lse"), result, wanted):
         assert_close_to_reference(name, actual, *own, roundings=roundings)
     return result

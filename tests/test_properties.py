@@ -87,14 +87,14 @@ class Call:
                 return strided(xp, xp.asarray(rng.random(shape) < rng.choice([0.1, 0.5, 0.9])), layout)
             values = rng.standard_normal(shape)
             values = numpy.where(rng.random(shape) < 0.1, -numpy.inf, values) if rng.random() < 0.3 else values
-            return strided(xp, xp.asarray(values.astype(arrays.dtype if rng.random() < 0.6 else arrays.lse_dtype)), layout)
+            return strided(xp, xp.asarray(values.astype(arrays.score_dtype if rng.random() < 0.6 else arrays.lse_dtype)), layout)
         if name == "softcap":
             return float(rng.choice([0.5, 2.0, 30.0]))
         if name == "alibi_slopes":
             shape = (*ones_in(rng, batch), heads) if rng.random() < 0.3 else (heads,)
             return xp.asarray(rng.random(shape).astype(arrays.lse_dtype))
         if name == "sinks":
-            return arrays.normal(heads, dtype=arrays.dtype if rng.random() < 0.5 else arrays.lse_dtype)
+            return arrays.normal(heads, dtype=arrays.score_dtype if rng.random() < 0.5 else arrays.lse_dtype)
         if name in ("q_lengths", "kv_lengths"):
             longest = self.length if name == "q_lengths" else self.keys
             return xp.asarray(rng.integers(0, longest + 1, ones_in(rng, batch)).astype(rng.choice([numpy.int32, numpy.int64])))
@@ -156,16 +156,18 @@ def calls(draw, precision, instances=None, names=NAMES):
         else:
             keys //= 2
     axes = len(batch) + 3
+    own_precision = draw(st.sampled_from(precision))
+    most = 128 if own_precision.startswith("complex") else 256
     return Call(
-        precision=draw(st.sampled_from(precision)),
+        precision=own_precision,
         seed=draw(st.integers(0, 2**32)),
         names=used,
         batch=batch,
         heads=own_heads,
         length=length,
         keys=keys,
-        head_dim=head_dim,
-        value_dim=value_dim,
+        head_dim=min(head_dim, most),
+        value_dim=min(value_dim, most),
         leads=tuple((draw(flags(len(batch))), draw(st.integers(0, len(batch) + 1))) for _ in range(3)),
         layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(6)),
         over_scores=tuple((draw(flags(axes)), draw(st.integers(0, axes))) for _ in range(2)),
@@ -196,12 +198,25 @@ def test_numpy(chunk, seed):
     run(seed, calls(["float16", "bfloat16", "float32", "float64"]), 250, numpy)
 
 
+def test_numpy_complex(seed):
+    run(seed, calls(["complex64", "complex64 tf32", "complex128"]), 250, numpy)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_cupy(chunk, seed):
     """2,000 examples in all: each chunk is of one precision and of as many instances of the kernels as it can compile in about a minute."""
+    run_on_gpu(chunk, seed, ("float16", "bfloat16", "float32", "tf32")[chunk % 4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["complex64", "complex64 tf32"])
+def test_cupy_complex(precision, seed):
+    run_on_gpu(CHUNKS, seed, precision)
+
+
+def run_on_gpu(chunk, seed, precision):
     rng = numpy.random.default_rng(chunk)
-    precision = ("float16", "bfloat16", "float32", "tf32")[chunk % 4]
     instances = []
     for _ in range(GPU_INSTANCES):
         used = tuple(name for name in NAMES if rng.random() < 0.35)

@@ -14,27 +14,36 @@ GRADIENTS = ("bias", "sinks")  # options that have one, in this order
 
 def loss(dout, dlse, q, k, v, options):
     out, lse = reference.attention_forward(q, k, v, **options)
-    return (dout * out).sum() + (dlse * numpy.where(lse == -numpy.inf, 0, lse)).sum()
+    return (dout.conj() * out).real.sum() + (dlse * numpy.where(lse == -numpy.inf, 0, lse)).sum()
 
 
 def check_central_differences(rng, inputs, options):
     out, lse = reference.attention_forward(*inputs, **options)
-    dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    dout, dlse = like(rng, out), rng.standard_normal(lse.shape)
     gradients = reference.attention_backward(dout, *inputs, dlse=dlse, **options)
     inputs_and_more = [*inputs, *(options[name] for name in GRADIENTS if name in options)]
     assert len(gradients) == len(inputs_and_more)
     for array, gradient in zip(inputs_and_more, gradients):
         assert gradient.shape == array.shape
-        expected = numpy.empty_like(array)
+        expected = numpy.zeros_like(array)
         for index in numpy.ndindex(array.shape):
             value = array[index]
-            array[index] = value + STEP
-            above = loss(dout, dlse, *inputs, options)
-            array[index] = value - STEP
-            below = loss(dout, dlse, *inputs, options)
+            if not numpy.isfinite(value):  # -inf stays -inf
+                continue
+            for unit in (1, 1j) if array.dtype.kind == "c" else (1,):  # dloss/d(real part) + i dloss/d(imaginary part)
+                array[index] = value + unit * STEP
+                above = loss(dout, dlse, *inputs, options)
+                array[index] = value - unit * STEP
+                below = loss(dout, dlse, *inputs, options)
+                expected[index] += unit * (above - below) / (2 * STEP)
             array[index] = value
-            expected[index] = (above - below) / (2 * STEP) if numpy.isfinite(value) else 0  # -inf stays -inf
         numpy.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
+
+
+def like(rng, array):
+    """Random numbers of the array's shape, complex if it is."""
+    numbers = rng.standard_normal(array.shape)
+    return numbers + 1j * rng.standard_normal(array.shape) if array.dtype.kind == "c" else numbers
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,13 @@ def test_central_differences_of_all_options(seed, packed):
     check_central_differences(rng, grouped(rng), options | {"kv_lengths": 4})
 
 
+@pytest.mark.parametrize("name", ["none", *OPTIONS])
+def test_central_differences_of_complex_arrays(seed, name):
+    rng = numpy.random.default_rng(seed)
+    inputs = [like(rng, array.astype(complex)) for array in grouped(rng)]
+    check_central_differences(rng, inputs, {} if name == "none" else OPTIONS[name](rng))
+
+
 def by_loops(q, k, v, *, scale, softcap, bias, slope, sink, offset, left, right, mask, row_end, key_end, share):
     """out and lse of one head, score by score; `share[i][j]` is the factor of dropout."""
     out, lse = numpy.zeros((len(q), v.shape[1])), numpy.full(len(q), -numpy.inf if sink is None else sink)
@@ -159,6 +175,17 @@ def test_forward_is_softmax_times_values(seed):
         weights = [numpy.exp(0.5 * sum(q[i] * k[j])) for j in seen]
         numpy.testing.assert_allclose(lse[i], numpy.log(sum(weights)), rtol=1e-14)
         numpy.testing.assert_allclose(out[i], sum(weight * v[j] for weight, j in zip(weights, seen)) / sum(weights), rtol=1e-14)
+
+
+def test_complex_forward_is_softmax_times_values(seed):
+    """Scores are the real parts of q times k's conjugate; the default scale counts complex features."""
+    rng = numpy.random.default_rng(seed)
+    q, k, v = (like(rng, numpy.empty(shape, complex)) for shape in ((4, 3), (6, 3), (6, 2)))
+    out, lse = reference.attention_forward(q, k, v)
+    for i in range(4):
+        weights = [math.exp(sum(a.real * b.real + a.imag * b.imag for a, b in zip(q[i], k[j])) / math.sqrt(3)) for j in range(6)]
+        numpy.testing.assert_allclose(lse[i], numpy.log(sum(weights)), rtol=1e-14)
+        numpy.testing.assert_allclose(out[i], sum(weight * v[j] for weight, j in zip(weights, range(6))) / sum(weights), rtol=1e-13)
 
 
 def test_dense_rounding_is_that_of_the_dtype(every):

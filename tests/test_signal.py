@@ -14,9 +14,9 @@ TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 1e-5, "tf32": 1e-2, "
 
 def expected_regression(queries, keys, values, bandwidth):
     """The definition, pair by pair."""
-    out = numpy.zeros((len(queries), values.shape[1]))
+    out = numpy.zeros((len(queries), values.shape[1]), values.dtype)
     for i, query in enumerate(queries):
-        weights = numpy.array([numpy.exp(-numpy.sum(((query - key) / bandwidth) ** 2) / 2) for key in keys])
+        weights = numpy.array([numpy.exp(-numpy.sum(numpy.abs((query - key) / bandwidth) ** 2) / 2) for key in keys])
         out[i] = weights @ values / weights.sum()
     return out
 
@@ -26,7 +26,7 @@ def expected_means(x, patch, bandwidth):
     left = patch // 2
     padded = numpy.pad(x, ((0, 0), (left, patch - 1 - left)), mode="reflect")
     length = x.shape[1]
-    distance = sum((row[tap : tap + length, None] - row[None, tap : tap + length]) ** 2 for row in padded for tap in range(patch))
+    distance = sum(numpy.abs(row[tap : tap + length, None] - row[None, tap : tap + length]) ** 2 for row in padded for tap in range(patch))
     weights = numpy.exp(-distance / (2 * bandwidth**2))
     return x @ weights.T / weights.sum(1)
 
@@ -255,7 +255,8 @@ X = numpy.arange(100.0) % 7
     [
         ([1.0, 2.0], {}, TypeError, "x is a builtins.list"),
         (numpy.arange(100), {}, TypeError, "x has dtype int64"),
-        (X.astype(complex), {}, TypeError, "x has dtype complex128"),
+        (X, {"dtype": "complex64"}, TypeError, "dtype is complex64; allowed: a real one"),
+        (numpy.zeros(400, complex), {"patch": 128}, ValueError, r"128 \* 1 complex ones, of two parts each; allowed: 1 to 255"),
         (numpy.array(3.0), {}, ValueError, "x has no dimensions"),
         (X, {"patch": 0}, ValueError, "patch is 0"),
         (X, {"patch": 2.5}, TypeError, "patch is 2.5"),
@@ -266,6 +267,8 @@ X = numpy.arange(100.0) % 7
         (X, {"bandwidth": -1.0}, ValueError, "bandwidth is -1.0"),
         (X, {"bandwidth": numpy.nan}, ValueError, "bandwidth is nan"),
         (X, {"bandwidth": "wide"}, TypeError, "bandwidth is 'wide'"),
+        (X, {"bandwidth": numpy.array(2 + 1j)}, TypeError, "bandwidth is array"),
+        (X, {"bandwidth": 2j}, TypeError, "bandwidth is 2j"),
         (X, {"bandwidth": [1.0, 2.0]}, ValueError, r"shape \(2,\)"),
         (X, {"noise": -1.0}, ValueError, "noise is -1.0"),
         (X, {"noise": 1.0, "bandwidth": 1.0}, ValueError, "noise and bandwidth are both given"),
@@ -302,6 +305,118 @@ def test_what_regression_refuses(queries, keys, values, bandwidth, error, words)
 def test_regression_refuses_two_dtypes():
     with pytest.raises(TypeError, match="keys has dtype float32 and queries has float64"):
         kernel_regression(numpy.zeros((5, 2)), numpy.zeros((6, 2), numpy.float32), numpy.zeros((6, 1)), bandwidth=1.0)
+
+
+def complex_numbers(arrays, *shape):
+    """complex64 arrays of the module, and the same numbers as NumPy's complex128."""
+    given = arrays.normal(*shape, dtype=numpy.complex64)
+    return given, to_numpy(given).view(numpy.complex128)
+
+
+@pytest.mark.parametrize("complex_features", [False, True])
+@pytest.mark.parametrize("complex_values", [False, True])
+def test_regression_of_complex_numbers(arrays, complex_features, complex_values):
+    if complex_features:
+        (queries, own_queries), (keys, own_keys) = complex_numbers(arrays, 20, 3), complex_numbers(arrays, 40, 3)
+    else:
+        queries, keys = arrays.normal(20, 3), arrays.normal(40, 3)
+        own_queries, own_keys = to_numpy(queries), to_numpy(keys)
+    values, own_values = complex_numbers(arrays, 40, 2)
+    if not complex_values:
+        values = arrays.xp.ascontiguousarray(values.real)
+        own_values = own_values.real
+    bandwidth = numpy.array([0.8, 1.3, 2.0])
+    out = kernel_regression(queries, keys, values, bandwidth=bandwidth)
+    assert out.dtype == values.dtype
+    expected = expected_regression(own_queries, own_keys, own_values, bandwidth)
+    numpy.testing.assert_allclose(to_numpy(out), to_numpy(expected), atol=2e-5)
+
+
+def test_regression_of_iq_samples_at_scattered_times(arrays):
+    """1-D arrays: real times, complex values."""
+    time = arrays.normal(50)
+    values, own_values = complex_numbers(arrays, 50)
+    out = kernel_regression(time[::3], time, values, bandwidth=0.25)
+    assert (out.shape, out.dtype) == ((17,), numpy.complex64)
+    column = to_numpy(time)[:, None]
+    numpy.testing.assert_allclose(to_numpy(out), to_numpy(expected_regression(column[::3], column, own_values[:, None], 0.25)[:, 0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [1, 6, 33])
+def test_means_of_complex_signals(arrays, patch):
+    x, own = complex_numbers(arrays, 2, 120)
+    bandwidth = 0.6 * patch**0.5
+    y = nonlocal_means(x, patch=patch, bandwidth=bandwidth)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    for row, wanted in zip(y, own):
+        numpy.testing.assert_allclose(to_numpy(row), to_numpy(expected_means(wanted[None], patch, bandwidth)[0]), atol=2e-5)
+    for axis in (0, 1):
+        together = nonlocal_means(arrays.xp.moveaxis(x, 0, axis), patch=patch, bandwidth=bandwidth, channel_axis=axis)
+        expected = numpy.moveaxis(expected_means(own, patch, bandwidth), 0, axis)
+        numpy.testing.assert_allclose(to_numpy(together), to_numpy(expected), atol=2e-5)
+
+
+def test_means_turn_with_the_signal(arrays):
+    """The phase of a carrier has no meaning: a signal turned in the complex plane gives the result turned, with the default bandwidth too."""
+    x, _ = complex_numbers(arrays, 200)
+    turn = numpy.complex64(numpy.exp(1j))
+    for options in ({"bandwidth": 2.0}, {"noise": 1.0}):
+        y, turned = (nonlocal_means(signal, patch=9, **options) for signal in (x, x * turn))
+        numpy.testing.assert_allclose(to_numpy(y * turn), to_numpy(turned), atol=2e-5)
+
+
+def test_noise_of_complex_signals_is_that_of_both_parts(arrays):
+    clean = numpy.exp(1j * numpy.linspace(0, 40, 5000))
+    noise = 0.3 * arrays.rng.standard_normal(5000) + 0.4j * arrays.rng.standard_normal(5000)
+    x = arrays.xp.asarray((clean + noise).astype(numpy.complex64))
+    sigma = float(noise_level(x))
+    assert abs(sigma / 0.5 - 1) < 0.06
+    expected = to_numpy(nonlocal_means(x[:300], patch=15, bandwidth=0.5 * float(noise_level(x[:300])) * 15**0.5))
+    numpy.testing.assert_allclose(to_numpy(nonlocal_means(x[:300], patch=15)), expected, atol=1e-5)
+
+
+def expected_complex_derivative(function, x, gradient, rng):
+    """Along a random direction: the gradient g of a real loss changes it by Re(conj(g) step)."""
+    direction = rng.standard_normal(x.shape) + (1j * rng.standard_normal(x.shape) if x.dtype.kind == "c" else 0)
+    numpy.testing.assert_allclose((gradient.conj() * direction).real.sum(), expected_derivative(function, x, direction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("complex_features", [False, True])
+def test_complex_regression_gradients(complex_features):
+    rng = numpy.random.default_rng(3)
+    arrays = [rng.standard_normal(shape) + 1j * rng.standard_normal(shape) for shape in ((2, 1, 6, 3), (2, 9, 3), (2, 9, 2))]
+    if not complex_features:
+        arrays[:2] = [array.real.copy() for array in arrays[:2]]
+    for bandwidth in (numpy.array([0.7, 1.1, 0.9]), numpy.array(0.8)):
+        given = [*arrays, bandwidth]
+        out, vjp = kernel_regression_vjp(*arrays, bandwidth=bandwidth)
+        dout = rng.standard_normal(out.shape) + 1j * rng.standard_normal(out.shape)
+        for place, (array, gradient) in enumerate(zip(given, vjp(dout))):
+            assert (gradient.shape, gradient.dtype) == (array.shape, array.dtype)
+
+            def loss(x, place=place, given=given, dout=dout):
+                *own, width = given[:place] + [x] + given[place + 1 :]
+                return (dout.conj() * kernel_regression(*own, bandwidth=width)).real.sum()
+
+            expected_complex_derivative(loss, array, gradient, rng)
+
+
+@pytest.mark.parametrize("shape, options", [((60,), {}), ((2, 60), {}), ((60, 2), {"channel_axis": 1})])
+def test_complex_means_gradients(shape, options):
+    rng = numpy.random.default_rng(11)
+    x, dy = (rng.standard_normal(shape) + 1j * rng.standard_normal(shape) for _ in range(2))
+    options = {"patch": 6, **options}
+    bandwidth = numpy.array(1.9)
+    dx, dbandwidth = nonlocal_means_vjp(x, bandwidth=bandwidth, **options)[1](dy)
+    assert (dx.shape, dx.dtype, dbandwidth.shape) == (shape, x.dtype, ())
+    expected_complex_derivative(lambda x: (dy.conj() * nonlocal_means(x, bandwidth=bandwidth, **options)).real.sum(), x, dx, rng)
+    expected_complex_derivative(lambda h: (dy.conj() * nonlocal_means(x, bandwidth=h, **options)).real.sum(), bandwidth, dbandwidth, rng)
+
+
+def test_a_real_gradient_of_a_complex_result_is_refused():
+    for x, dy in ((X.astype(complex), X), (X, X.astype(complex))):
+        with pytest.raises(TypeError, match=f"dy has dtype {dy.dtype} and the result has {x.dtype}; allowed: both real, or both complex"):
+            nonlocal_means_vjp(x, patch=9, bandwidth=1.0)[1](dy)
 
 
 def test_a_gradient_of_another_shape_is_refused():

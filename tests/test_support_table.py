@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy
 import pytest
-from support import DTYPES, ROOT, Arrays, check_backward, check_forward, cupy
+from support import ROOT, Arrays, check_backward, check_forward, cupy
 
 from cuflash.options import DEFAULTS
 
@@ -23,10 +23,10 @@ def value_of(name, arrays):
         "causal": lambda: True,
         "window": lambda: (5, 2),
         "mask": lambda: arrays.xp.asarray(arrays.rng.random((LENGTH, KEYS)) < 0.7),
-        "bias": lambda: arrays.normal(HEADS, LENGTH, KEYS),
+        "bias": lambda: arrays.normal(HEADS, LENGTH, KEYS, dtype=arrays.score_dtype),
         "softcap": lambda: 2.0,
         "alibi_slopes": lambda: [0.5, 0.25],
-        "sinks": lambda: arrays.normal(HEADS),
+        "sinks": lambda: arrays.normal(HEADS, dtype=arrays.score_dtype),
         "q_lengths": lambda: 13,
         "kv_lengths": lambda: 17,
         "cu_seqlens": lambda: ([0, 7, LENGTH], [0, 19, KEYS]),
@@ -42,8 +42,9 @@ def test_every_option_is_in_the_table():
 def test_dtypes_of_the_table():
     from cuflash.cupy_backend.tiles import PRECISIONS, element_bytes
 
-    assert set(FAMILIES["numpy"]) == set(DTYPES) - {"tf32"}
-    assert set(FAMILIES["sm80"]) == set(PRECISIONS)
+    complex_of = {"float32": "complex64", "float64": "complex128"}  # real arrays to the kernels
+    assert set(FAMILIES["numpy"]) == {"float16", "bfloat16", "float32", "float64", *complex_of.values()}
+    assert set(FAMILIES["sm80"]) == {*PRECISIONS, *(complex_of[precision] for precision in PRECISIONS if precision in complex_of)}
     assert set(FAMILIES["sm90"]) == {precision for precision in PRECISIONS if element_bytes(precision) == 2}
 
 
