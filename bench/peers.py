@@ -254,7 +254,7 @@ class DenseCuPy(Peer):
 
     def probabilities(self, q, k, causal):
         scores = self.cupy.matmul(q, k.swapaxes(-1, -2))
-        scores *= self.cupy.float32(q.shape[-1] ** -0.5)
+        scores *= scores.dtype.type(q.shape[-1] ** -0.5)
         if causal:
             self.cupy.copyto(scores, self.cupy.float32(-self.cupy.inf), where=~self.cupy.tri(q.shape[-2], k.shape[-2], dtype=bool))
         scores -= scores.max(axis=-1, keepdims=True)
@@ -274,7 +274,7 @@ class DenseCuPy(Peer):
             ds = self.cupy.matmul(dout, v.swapaxes(-1, -2))
             ds -= (dout * out).sum(axis=-1, keepdims=True)
             ds *= p
-            ds *= self.cupy.float32(q.shape[-1] ** -0.5)
+            ds *= ds.dtype.type(q.shape[-1] ** -0.5)
             return self.cupy.matmul(ds, k), self.cupy.matmul(ds.swapaxes(-1, -2), q), dv
 
         return out, pull
