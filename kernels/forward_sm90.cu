@@ -212,6 +212,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
+  constexpr bool BASED = (OPTIONS & (ALIBI | MASK)) == ALIBI;
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + warpgroup, 256); };
   auto next_turn = [&] { if constexpr (TURNS) named_barrier_arrive(1 + (warpgroup + 1 == WARPGROUPS ? 0 : warpgroup + 1), 256); };
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  OnlineSoftmax<KEY_TILE> softmax;
+  OnlineSoftmax<KEY_TILE, BASED> softmax;
 
   u32 k_at, v_at;
   auto wait_k = [&] {
@@ -266,6 +267,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
           }
       };
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr);
+    } else if constexpr (BASED) {
+      const auto add_bias = [&](int row, int column) { tile.score.template add_bias<false, 1, KEY_TILE>(problem, scores, row, column); };
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, softmax.base);
+      softmax.base[0] *= exponential.factor, softmax.base[1] *= exponential.factor;
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column);
     }
@@ -322,7 +327,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
-    softmax = OnlineSoftmax<KEY_TILE>();
+    softmax = OnlineSoftmax<KEY_TILE, BASED>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
     // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end); the others it only lets pass.

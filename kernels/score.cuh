@@ -213,17 +213,15 @@ template <int PRECISION, int OPTIONS> struct Score {
   // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written).
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS>
   __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float (*derivative)[COLUMNS / 8][4] = nullptr) const {
-    apply<TRANSPOSED, ROW_TILES, COLUMNS>(
-        problem, d, row, column,
-        [&](int row, int column) {
-          with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fmaf(to_float(x), problem.inverse_unit, d[m][n][i]); });
-        },
-        derivative);
+    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, [&](int row, int column) { add_bias<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column); }, derivative);
+  }
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void add_bias(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column) const {
+    with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fmaf(to_float(x), problem.inverse_unit, d[m][n][i]); });
   }
 
-  // The same with another way to add the bias.
+  // The same with another way to add the bias. `base`, if not null, of 16 rows: what is then to be added to all scores of each of the lane's two.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
-  __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, float (*derivative)[COLUMNS / 8][4]) const {
+  __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, float (*derivative)[COLUMNS / 8][4], float* base = nullptr) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);
     if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
@@ -246,6 +244,23 @@ template <int PRECISION, int OPTIONS> struct Score {
     }
     if constexpr ((OPTIONS & BIAS) != 0) add_bias(row, column);
     if constexpr ((OPTIONS & ALIBI) != 0) {
+      if (base) {   // of a tile to one side of the diagonal the distances are those of its first column and a step each
+        const float first = (float)((i64)column - row - offset);
+        const bool left = __all_sync(0xffffffff, first + (COLUMNS - 7) <= 0.0f), right = __all_sync(0xffffffff, first - 8 >= 0.0f);
+        base[0] = base[1] = 0.0f;
+        if (left || right) {
+          const float step = left ? slope : -slope;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            base[half] = step * (first - half * 8);
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 2; ++i) d[0][n][2 * half + i] = fmaf(step, (float)(n * 8 + i), d[0][n][2 * half + i]);
+          }
+          return;
+        }
+      }
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll

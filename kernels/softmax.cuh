@@ -9,9 +9,11 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 // while the shift lags by RESCALE_THRESHOLD.
 constexpr float LARGEST_SUM = 16384.0f;
 
-template <int COLUMNS> struct OnlineSoftmax {
+// BASED: the scores of a row are those given plus a number of the row's own, which is folded into what is taken once a row.
+template <int COLUMNS, bool BASED = false> struct OnlineSoftmax {
   float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
+  float base[2] = {0.0f, 0.0f};                  // of the tile at hand, as an exponent
 
   // A sink: an exponent that takes part in the denominator from the start, and has no value.
   __device__ __forceinline__ void start(float sink, int lane) {
@@ -33,6 +35,7 @@ template <int COLUMNS> struct OnlineSoftmax {
       float m = fmaxf(chain[0], chain[1]);
       m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
       maximum[row] = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2)) * exponential.factor;
+      if (BASED) maximum[row] += base[row];
     }
     // From nothing seen so far (-inf) every score moves it; -inf and NaN move nothing, and a NaN then shows in the sum.
     const bool moved = maximum[0] - shift[0] > RESCALE_THRESHOLD || maximum[1] - shift[1] > RESCALE_THRESHOLD;
@@ -68,7 +71,8 @@ template <int COLUMNS> struct OnlineSoftmax {
 
   // Probabilities of a tile, against shifts that raise() has seen to.
   template <typename Exponential, typename Keep> __device__ __forceinline__ void take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const float against[2] = {shift[0] == -infinity() ? 0.0f : shift[0], shift[1] == -infinity() ? 0.0f : shift[1]};
+    float against[2] = {shift[0] == -infinity() ? 0.0f : shift[0], shift[1] == -infinity() ? 0.0f : shift[1]};
+    if (BASED) against[0] -= base[0], against[1] -= base[1];
     float tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
 #pragma unroll
