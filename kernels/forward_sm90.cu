@@ -58,8 +58,17 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   constexpr bool TURNS = WARPGROUPS == 2;
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
-  auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + warpgroup, 256); };
-  auto next_turn = [&] { if constexpr (TURNS) named_barrier_arrive(1 + (warpgroup + 1 == WARPGROUPS ? 0 : warpgroup + 1), 256); };
+  // With two parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
+  auto own_warpgroup = [&] {
+    int number = warpgroup;
+    if constexpr (PARTS == 2) keep_here(number);
+    return number;
+  };
+  auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + own_warpgroup(), 256); };
+  auto next_turn = [&] {
+    const int own = own_warpgroup();
+    if constexpr (TURNS) named_barrier_arrive(1 + (own + 1 == WARPGROUPS ? 0 : own + 1), 256);
+  };
   if (TURNS && warpgroup == 0) named_barrier_arrive(1, 256);
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
 
@@ -96,7 +105,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
   };
   auto multiply_q_k = [&] {
-    const u32 q_at = base + warpgroup * Tiles::Q_BYTES;
+    const u32 q_at = base + own_warpgroup() * Tiles::Q_BYTES;
     if constexpr (PARTS != 0) {
       multiply_rows_of_parts<PARTS, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at);
     } else {
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   };
   // The powers of two are read before the waits, which hide it.
   auto read_score_factor = [&](int k_stage) {
-    if constexpr (PARTS != 0) factor = load_factor(base + Tiles::Q_FACTORS + warpgroup * FACTOR_BYTES) * load_factor(base + Tiles::K_FACTORS + k_stage * FACTOR_BYTES);
+    if constexpr (PARTS != 0) factor = load_factor(base + Tiles::Q_FACTORS + own_warpgroup() * FACTOR_BYTES) * load_factor(base + Tiles::K_FACTORS + k_stage * FACTOR_BYTES);
   };
   auto wait_p_v = [&](int v_stage) {
     if constexpr (PARTS != 0) factor = load_factor(base + Tiles::V_FACTORS + v_stage * FACTOR_BYTES);
@@ -302,7 +311,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       v_ring.advance();
       if ((OPTIONS & LONG_SUMS) != 0 && end - begin > SEGMENT) add_totals(true);
     }
-    pass(end, last);
+    pass(end, PARTS ? uniform(tile.keys.end) : last);
 
     const Place& place = tile.block.place;
     const int row = warp_row + lane / 4, rows = tile.rows;
