@@ -56,6 +56,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
+  constexpr bool SCORES_AFTER_OUTPUT = PARTS == 2 && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   // With two parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   // turn products of parts into those of numbers.
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
   u32 p_low[PARTS == 2 ? KEY_TILE / 16 : 1][4];
-  float factor;
+  float score_factor;
 
   u32 k_at, v_at;
   auto wait_k = [&] {
@@ -118,9 +119,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   };
   // The powers of two are read before the waits, which hide it.
   auto read_score_factor = [&](int k_stage) {
-    if constexpr (PARTS != 0) factor = load_factor(base + Tiles::Q_FACTORS + own_warpgroup() * FACTOR_BYTES) * load_factor(base + Tiles::K_FACTORS + k_stage * FACTOR_BYTES);
+    if constexpr (PARTS != 0) score_factor = load_factor(base + Tiles::Q_FACTORS + own_warpgroup() * FACTOR_BYTES) * load_factor(base + Tiles::K_FACTORS + k_stage * FACTOR_BYTES);
   };
   auto wait_p_v = [&](int v_stage) {
+    float factor;
     if constexpr (PARTS != 0) factor = load_factor(base + Tiles::V_FACTORS + v_stage * FACTOR_BYTES);
     wgmma_wait<0>();
     if constexpr (PARTS != 0) {
@@ -141,9 +143,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 #pragma unroll
         for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) scores[0][n][i] *= factor;
+          for (int i = 0; i < 4; ++i) scores[0][n][i] *= score_factor;
       } else {
-        exponential.set_unit(problem, factor);
+        exponential.set_unit(problem, score_factor);
       }
     }
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
@@ -294,8 +296,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         if (n + 1 < end) wait_k();   // what the next products need, while O += P V runs
         else arrive(Tiles::Q_EMPTY + 8 * warpgroup);
         wait_v(tile, n);
-        score_tile(tile, keys, n);
+        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
         wait_p_v(v_read);
+        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
         arrive(Tiles::V_EMPTY + 8 * v_read);
         if ((OPTIONS & LONG_SUMS) != 0 && (n - begin) % SEGMENT == 0) {
           add_totals(n - begin > SEGMENT);
