@@ -56,13 +56,13 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
-  constexpr bool SCORES_AFTER_OUTPUT = PARTS == 2 && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
+  constexpr bool SCORES_AFTER_OUTPUT = PARTS && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
-  // With two parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
+  // With parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
   auto own_warpgroup = [&] {
     int number = warpgroup;
-    if constexpr (PARTS == 2) keep_here(number);
+    if constexpr (PARTS != 0) keep_here(number);
     return number;
   };
   auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + own_warpgroup(), 256); };
