@@ -270,7 +270,7 @@ def warmup(dtypes, head_dims):
                     own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_PARTS)
                     for _, tile in tiles.FORWARD_SM90_PARTS[precision][max(own)]:
                         wanted += [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own, 0, precision))]
-                        wanted += [("float32_parts.cu", f"float32_parts<{kind}, {own[0]}, {own[1]}, 0, {tile.key_tile}>", 0)]
+                        wanted += [("float32_parts.cu", tiles.float32_parts(precision, own, 0, tile.key_tile), 0)]
             query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
             if main.query_gradient:
                 wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]

@@ -326,9 +326,9 @@ def _plan_forward_parts(problem, views, options, alignment):
     if None in maps:
         log.info("forward: TMA cannot read the parts of these arrays; taken by the sm80 family")
         return None
-    make = f"float32_parts<{tiles.PRECISIONS[precision]}, {dims[0]}, {dims[1]}, {options & (tiles.PACKED | tiles.LENGTHS)}, {tile.key_tile}>"
     packed = argument(problem, views | {f"d{name}": layout for name, layout in parts.items()})
-    split = Launch(modules.kernel("float32_parts.cu", make, 0, device), blocks, 256, 0, packed)
+    kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, tile.key_tile), 0, device)
+    split = Launch(kernel, blocks, 256, 0, packed)
     shared_bytes = tile.shared_bytes(dims, options, precision)
     kernel = modules.kernel(tile.file, tile.name(precision, dims, options), shared_bytes, device)
     packed = argument(problem, of_parts, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)

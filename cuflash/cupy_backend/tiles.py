@@ -446,6 +446,11 @@ def forward_parts(precision, dims, options, queries):
     return next(tile for most, tile in table[precision][max(dims)] if queries <= most)
 
 
+def float32_parts(precision, dims, options, key_tile):
+    """The kernel that makes them."""
+    return f"float32_parts<{_arguments(PRECISIONS[precision], *dims, options & (PACKED | LENGTHS), key_tile)}>"
+
+
 def parts_pay(problem):
     """Whether the sm90 family takes a call with float32 arrays: it has the head dims, and what making parts costs comes in again."""
     narrow, wide = sorted((problem.head_dim, problem.value_dim))
