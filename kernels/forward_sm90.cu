@@ -174,7 +174,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     u32& high = p[n / 2][n % 2 * 2 + row];
     high = pack<PRODUCT>(pair[0], pair[1]);
     if constexpr (PARTS == 2) {
-      high = multiply_halves(high, PARTS_SCALE);
+      high = scale_pair(high);
       p_low[n / 2][n % 2 * 2 + row] = pack<FLOAT16>(fmaf(pair[0], PARTS_SCALE, -to_float(half_t{(u16)high})), fmaf(pair[1], PARTS_SCALE, -to_float(half_t{(u16)(high >> 16)})));
     }
   };

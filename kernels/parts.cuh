@@ -7,6 +7,7 @@
 #pragma once
 #include "ring.cuh"
 #include "score.cuh"
+#include "softmax.cuh"
 #include "ptx/wgmma.cuh"
 
 // How many parts a number of this precision has; 0: it is one of 16 bits, and taken as it is.
@@ -46,10 +47,11 @@ template <typename Exponential> struct ExponentialOfParts : Exponential {
 template <int PARTS, typename Exponential> struct ExponentialOf { using type = ExponentialOfParts<Exponential>; };
 template <typename Exponential> struct ExponentialOf<0, Exponential> { using type = const Exponential; };
 
-// Two float16 numbers times a float16 power of two.
-__device__ __forceinline__ u32 multiply_halves(u32 pair, float factor) {
+// Two float16 numbers times PARTS_SCALE.
+__device__ __forceinline__ u32 scale_pair(u32 pair) {
+  static_assert(PARTS_SCALE == 2048.0f, "0x6800 is 2048 in float16");
   u32 product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(pack<FLOAT16>(factor, factor)));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(0x68006800));
   return product;
 }
 
