@@ -35,7 +35,7 @@ template <int OPTIONS, int ROWS> struct GroupPlace {
   }
 };
 
-// Read by all lanes of a warp, before the warp can say that it is done with the stage.
+// The 2^-e of a group, the same in all lanes.
 __device__ __forceinline__ float load_factor(u32 address) { return __uint_as_float(uniform(load_shared(address))); }
 
 // Exponential with another factor from tile to tile: of products of parts that are multiples of `unit`.
