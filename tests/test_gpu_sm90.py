@@ -165,7 +165,8 @@ class TestFloat32InParts:
     """Float32 arrays as float16 numbers (kernels/parts.cuh), in calls of any size."""
 
     TABLES = tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS
-    TILES = sorted({(precision, dim, *vars(tile).values()) for table in TABLES for precision in table for dim, row in table[precision].items() for _, tile in row})
+    ROWS = [(precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items()]
+    TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
 
     @pytest.fixture(autouse=True)
     def always(self, no_plans, monkeypatch):
