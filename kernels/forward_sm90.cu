@@ -10,7 +10,10 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   WARPGROUPS x Q  64 x HEAD_DIM | STAGES x K  KEY_TILE x HEAD_DIM | STAGES x V  KEY_TILE x VALUE_DIM | STAGED_BIAS: 2 x bias  QUERY_TILE x KEY_TILE
-//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers
+//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
+//
+// PARTS: Q, K and V are float16 numbers that float32_parts.cu made (parts.cuh), rows of high parts and then low ones; P is split in registers. A product of two
+// numbers is low · high + high · low + high · high; what P V of a tile adds up to is multiplied by the values' power of two as it is added to O.
 //
 // Order of waits. Everything shared goes in rings with two barriers a stage: full (written, or all bytes of its copies are there) and empty (every reader
 // arrived). A consumer, from key tile n - 1 to n:

@@ -165,7 +165,7 @@ class TestFloat32InParts:
     """Float32 arrays as float16 numbers (kernels/parts.cuh), in calls of any size."""
 
     TABLES = tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS
-    ROWS = [(precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items()]
+    ROWS = tuple((precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items())
     TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
 
     @pytest.fixture(autouse=True)
