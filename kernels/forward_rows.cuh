@@ -85,3 +85,23 @@ __device__ __forceinline__ void store_output(const float (&output)[COLUMNS / 8][
     });
   }
 }
+
+// The same in float32, two neighbours at a time.
+template <int COUNT> __device__ __forceinline__ void store_float_output(const float (&output)[COUNT][4], float* target, i64 row_stride, int row, int rows, int columns, int lane) {
+  const bool pairs = uniform((((unsigned long long)target | row_stride * 4) & 7) == 0);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* to = target + (row + half * 8) * row_stride + lane % 4 * 2;
+    const int left = row + half * 8 < rows ? columns - lane % 4 * 2 : 0;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+      const float first = output[n][2 * half], second = output[n][2 * half + 1];
+      if (pairs && n * 8 + 1 < left) {
+        *(float2*)(to + n * 8) = make_float2(first, second);
+      } else {
+        if (n * 8 < left) to[n * 8] = first;
+        if (n * 8 + 1 < left) to[n * 8 + 1] = second;
+      }
+    }
+  }
+}

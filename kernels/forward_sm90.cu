@@ -1,4 +1,4 @@
-// Attention forward by wgmma and TMA, for sm_90a, float16 and bfloat16. After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608, section 3).
+// Attention forward by wgmma and TMA, for sm_90a: float16, bfloat16, and float32 in float16 parts. After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608, section 3).
 //
 //   O = softmax(scores(Q Kᵀ)) V,   lse = log of the softmax denominator; what scores are, and the options of a call, is in score.cuh
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
@@ -10,181 +10,29 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   WARPGROUPS x Q  64 x HEAD_DIM | STAGES x K  KEY_TILE x HEAD_DIM | STAGES x V  KEY_TILE x VALUE_DIM | STAGED_BIAS: 2 x bias  QUERY_TILE x KEY_TILE
-//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers
+//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
+//
+// PARTS: Q, K and V are float16 numbers that float32_parts.cu made (parts.cuh), rows of high parts and then low ones; P is split in registers. A product of two
+// numbers is low · high + high · low + high · high; what P V of a tile adds up to is multiplied by the values' power of two as it is added to O.
 //
 // Order of waits. Everything shared goes in rings with two barriers a stage: full (written, or all bytes of its copies are there) and empty (every reader
 // arrived). A consumer, from key tile n - 1 to n:
 //   with two warpgroups its turn (named barriers: they issue products one after the other) -> issue S = Q K(n)ᵀ and O += P V(n - 1) -> the other's turn
 //   -> S done, K(n) empty -> K(n + 1) and V(n) full, while O += P V runs -> O done, V(n - 1) empty -> softmax of S gives P.
-#include "forward_rows.cuh"
-#include "ring.cuh"
-#include "ptx/wgmma.cuh"
-
-struct TensorMaps { TensorMap q, k, v; };
-struct TensorMapsWithBias : TensorMaps { TensorMap bias; };
-template <bool STAGED_BIAS> struct TensorMapsOf { using type = TensorMaps; };
-template <> struct TensorMapsOf<true> { using type = TensorMapsWithBias; };
-
-// What consumers and loaders need to know of a query tile. `last`: there is none.
-template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct QueryTile {
-  using Block = QueryBlock<OPTIONS, QUERY_TILE>;
-  bool last;
-  u32 index;   // the scheduler's
-  int split;   // SPLIT_KEYS: which part of the keys
-  int rows;    // queries
-  Block block;
-  Visible<OPTIONS> visible;
-  KeyTiles<OPTIONS, KEY_TILE> keys;
-  Score<PRECISION, OPTIONS> score;
-
-  // In place, member by member: the thread that does it has few registers.
-  __device__ __forceinline__ void set(const Problem& problem, const Block& its_block, int its_split) {
-    last = false;
-    split = its_split;
-    block = its_block;
-    keep_memory_here();
-    visible = Visible<OPTIONS>(problem, block.place, block.sequence);
-    keep_memory_here();
-    // Tiles share out the warpgroups' 64 queries evenly: a last tile with one warpgroup at work would take nearly as long as one with all.
-    const int queries = block.sequence.queries, groups = ceil_div(queries, 64), tiles = ceil_div(queries, QUERY_TILE), least = groups / tiles, more = groups - least * tiles, tile = block.slot.tile;
-    block.first_query = (tile * least + min(tile, more)) * 64;
-    rows = min((least + (tile < more)) * 64, queries - block.first_query);
-    keep_memory_here();
-    keys = KeyTiles<OPTIONS, KEY_TILE>(visible, block.first_query, rows);
-    if constexpr ((OPTIONS & SPLIT_KEYS) != 0) {
-      const int begin = keys.begin, tiles = max(keys.end - begin, 0);
-      keys.begin = begin + (int)((i64)tiles * split / problem.splits);
-      keys.end = begin + (int)((i64)tiles * (split + 1) / problem.splits);
-    }
-    keep_memory_here();
-    score = Score<PRECISION, OPTIONS>(problem, block.place, block.sequence);
-  }
-};
-
-template <int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPGROUPS, int KEY_TILE, int STAGES> struct ForwardSm90Tiles {
-  static constexpr int QUERY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128;
-  // What a thread of a loading and of a computing warpgroup has: all of it together is what the block started with.
-  static constexpr int STARTING_REGISTERS = 65536 / THREADS / 8 * 8, LOADING_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
-  static constexpr int COMPUTING_REGISTERS = WARPGROUPS == 2 ? 232 : WARPGROUPS == 3 ? 160 : 112;
-  static_assert(WARPGROUPS == 1 || LOADING_REGISTERS + WARPGROUPS * COMPUTING_REGISTERS <= (WARPGROUPS + 1) * STARTING_REGISTERS, "a warpgroup would wait for registers that nobody gives");
-
-  static constexpr int Q_BOX = 64 * 128, KEY_BOX = KEY_TILE * 128;   // bytes of 64 columns, of a warpgroup's queries and of a key tile
-  static constexpr int Q_BOXES = ceil_div(HEAD_DIM, 64), V_BOXES = ceil_div(VALUE_DIM, 64);
-  static constexpr int Q_BYTES = Q_BOXES * Q_BOX, K_BYTES = Q_BOXES * KEY_BOX, V_BYTES = V_BOXES * KEY_BOX;
-  static constexpr int K = WARPGROUPS * Q_BYTES, V = K + STAGES * K_BYTES, BIAS_AT = V + STAGES * V_BYTES;
-  static constexpr int BIAS_BYTES = OPTIONS & STAGED_BIAS ? QUERY_TILE * KEY_TILE * 2 : 0, BIAS_BOXES = KEY_TILE / 64, BIAS_BOX = 64 * 128;   // of a stage; a box has 64 queries and keys
-  static_assert(BIAS_BYTES == 0 || KEY_TILE % 64 == 0, "tiles of the bias are whole boxes");
-  static constexpr int TOTALS = BIAS_AT + 2 * BIAS_BYTES, TOTAL_BYTES = OPTIONS & LONG_SUMS ? QUERY_TILE * VALUE_DIM * 4 : 0;
-  static constexpr int QUERY_TILES = TOTALS + TOTAL_BYTES, QUERY_TILE_BYTES = 256;
-  static constexpr int TILE_FULL = QUERY_TILES + 2 * QUERY_TILE_BYTES, TILE_EMPTY = TILE_FULL + 16, Q_FULL = TILE_EMPTY + 16, Q_EMPTY = Q_FULL + 8 * WARPGROUPS;
-  static constexpr int K_FULL = Q_EMPTY + 8 * WARPGROUPS, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
-  static constexpr int BIAS_FULL = V_EMPTY + 8 * STAGES, BIAS_EMPTY = BIAS_FULL + 16, TILE_WANTED = BIAS_EMPTY + 16, SHARED_BYTES = TILE_WANTED + 8;
-};
-
-// The scheduler: query tiles are taken in turns, or where they are uneven by counting, so that a block which is done early takes the next one.
-template <typename Tile, typename Tiles, int OPTIONS> __device__ __forceinline__ void schedule_query_tiles(const Problem& problem, u8* shared, u32 base) {
-  const u32 splits = OPTIONS & SPLIT_KEYS ? problem.splits : 1, slots = Tile::Block::slots(problem), tiles = problem.grid_places * slots * splits;
-  Ring<2> ring;
-  Ring<1> wanted;
-  u32 index = blockIdx.x;
-  do {
-    ring.wait_empty(base + Tiles::TILE_EMPTY);
-    Tile& tile = *(Tile*)(shared + Tiles::QUERY_TILES + ring.stage * Tiles::QUERY_TILE_BYTES);
-    static_assert(sizeof(Tile) <= Tiles::QUERY_TILE_BYTES, "");
-    tile.index = index;   // until further down: its register is needed
-    u32 block_index = min(index, tiles - 1) / splits;
-    if (OPTIONS & STAGED_BIAS && problem.batches_together > 1) {   // batch entries that share a bias follow each other, so that they find it in L2
-      const u32 place = block_index / slots, entries = problem.batches_together;
-      block_index += (place % entries * problem.heads + place / entries - place) * slots;
-    }
-    const typename Tile::Block block(problem, block_index);
-    const bool last = index >= tiles;
-    if (last || block.exists()) {
-      if (last) tile.last = true;
-      else tile.set(problem, block, index % splits);
-      barrier_arrive(base + Tiles::TILE_FULL + 8 * ring.stage);
-      if (last) return;
-      ring.advance();
-      if (problem.tile_counter) {   // not earlier: who takes a long tile now may be the one who is done last
-        wanted.wait_full(base + Tiles::TILE_WANTED);
-        wanted.advance();
-      }
-    }
-    index = tile.index;
-    index = gridDim.x + (problem.tile_counter ? atomicAdd(problem.tile_counter, 1) : index);
-  } while (true);
-}
-
-// Queries: each warpgroup's own, as soon as it is done with those before. So it goes on to its next query tile while others are still at the last.
-// With STAGED_BIAS, their bias too, a key tile at a time; one row of it if all queries share that.
-template <typename Tile, typename Tiles, int WARPGROUPS, int KEY_TILE, typename Maps> __device__ __forceinline__ void load_queries(const Problem& problem, const Maps& maps, const u8* shared, u32 base) {
-  prefetch_tensor_map(maps.q);
-  Ring<2> ring, bias_ring;
-  Ring<1> q_ring;
-  for (;; ring.advance()) {
-    ring.wait_full(base + Tiles::TILE_FULL);
-    const Tile& tile = *(const Tile*)(shared + Tiles::QUERY_TILES + ring.stage * Tiles::QUERY_TILE_BYTES);
-    if (tile.last) return;
-    if (tile.keys.begin < tile.keys.end) {
-      const BoxPlace place(problem.q, tile.block.place);
-      const int row = tile.block.sequence.first_query + tile.block.first_query;
-#pragma unroll 1
-      for (int warpgroup = 0; warpgroup < WARPGROUPS; ++warpgroup) {
-        q_ring.wait_empty(base + Tiles::Q_EMPTY + 8 * warpgroup);
-        place.load_rows<Tiles::Q_BOXES, Tiles::Q_BOX>(maps.q, base + warpgroup * Tiles::Q_BYTES, row + warpgroup * 64, base + Tiles::Q_FULL + 8 * warpgroup);
-      }
-      q_ring.advance();
-    }
-    if constexpr (Tiles::BIAS_BYTES != 0) {
-      const BoxPlace place(problem.bias, tile.block.place);
-      const bool one_row = problem.bias.row_stride == 0;
-      const int first_query = tile.block.first_query, parts = one_row ? 1 : WARPGROUPS;
-#pragma unroll 1
-      for (int n = tile.keys.begin; n < tile.keys.end; ++n, bias_ring.advance()) {
-        bias_ring.wait_empty(base + Tiles::BIAS_EMPTY);
-        const u32 full = base + Tiles::BIAS_FULL + 8 * bias_ring.stage, target = base + Tiles::BIAS_AT + bias_ring.stage * Tiles::BIAS_BYTES;
-        barrier_arrive_expect(full, parts * Tiles::BIAS_BOXES * (one_row ? 128 : Tiles::BIAS_BOX));
-#pragma unroll 1
-        for (int box = 0; box < parts * Tiles::BIAS_BOXES; ++box)
-          place.load(maps.bias, target + box * Tiles::BIAS_BOX, n * KEY_TILE + box % Tiles::BIAS_BOXES * 64, one_row ? 0 : first_query + box / Tiles::BIAS_BOXES * 64, full);
-      }
-    }
-    barrier_arrive(base + Tiles::TILE_EMPTY + 8 * ring.stage);
-  }
-}
-
-// Keys, or values: tile by tile, as far ahead as the ring allows. `wants`: asks a scheduler that counts for the next query tile in time.
-template <typename Tile, typename Tiles, int KEY_TILE, int STAGES, int BOXES>
-__device__ __forceinline__ void load_along_keys(const TensorMap& map, const Array& array, const u8* shared, u32 base, u32 target, u32 full, u32 empty, bool wants) {
-  prefetch_tensor_map(map);
-  Ring<2> ring;
-  Ring<STAGES> key_ring;
-  for (;; ring.advance()) {
-    ring.wait_full(base + Tiles::TILE_FULL);
-    const Tile& tile = *(const Tile*)(shared + Tiles::QUERY_TILES + ring.stage * Tiles::QUERY_TILE_BYTES);
-    if (tile.last) return;
-    const BoxPlace place(array, tile.block.place);
-    const int begin = tile.keys.begin, end = tile.keys.end, first_key = tile.block.sequence.first_key;
-    if (wants && begin >= end) barrier_arrive(base + Tiles::TILE_WANTED);
-#pragma unroll 1
-    for (int n = begin; n < end; ++n) {
-      if (wants && n == max(end - 3, begin)) barrier_arrive(base + Tiles::TILE_WANTED);
-      key_ring.wait_empty(base + empty);
-      place.load_rows<BOXES, Tiles::KEY_BOX>(map, base + target + key_ring.stage * BOXES * Tiles::KEY_BOX, first_key + n * KEY_TILE, base + full + 8 * key_ring.stage);
-      key_ring.advance();
-    }
-    barrier_arrive(base + Tiles::TILE_EMPTY + 8 * ring.stage);
-  }
-}
+#include "forward_sm90.cuh"
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPGROUPS, int KEY_TILE, int STAGES>
 __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ typename TensorMapsOf<(OPTIONS & STAGED_BIAS) != 0>::type maps) {
-  using Tiles = ForwardSm90Tiles<HEAD_DIM, VALUE_DIM, OPTIONS, WARPGROUPS, KEY_TILE, STAGES>;
+  constexpr int PARTS = parts_of(PRECISION), PRODUCT = PARTS ? FLOAT16 : PRECISION;   // what is multiplied
+  using Tiles = ForwardSm90Tiles<HEAD_DIM, VALUE_DIM, OPTIONS, WARPGROUPS, KEY_TILE, STAGES, PARTS>;
   using Tile = QueryTile<PRECISION, OPTIONS, Tiles::QUERY_TILE, KEY_TILE>;
   using Element = typename ElementOf<PRECISION>::type;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
+  if constexpr (PARTS != 0) {
+    if (problem.tile_counter[1]) return;   // the sm80 family takes the call
+  }
 
   if (threadIdx.x == 0) {
     constexpr int CONSUMERS = WARPGROUPS * 4, LOADERS = 3;   // warps: one lane of each arrives
@@ -202,31 +50,46 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   if (warpgroup == WARPGROUPS) {
     if constexpr (WARPGROUPS > 1) give_registers<Tiles::LOADING_REGISTERS>();
     const int thread = threadIdx.x % 128;
-    if (thread == 0) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::Q_BOXES>(maps.k, problem.k, shared, base, Tiles::K, Tiles::K_FULL, Tiles::K_EMPTY, problem.tile_counter != nullptr);
-    if (thread == 32) load_along_keys<Tile, Tiles, KEY_TILE, STAGES, Tiles::V_BOXES>(maps.v, problem.v, shared, base, Tiles::V, Tiles::V_FULL, Tiles::V_EMPTY, false);
-    if (thread == 64) load_queries<Tile, Tiles, WARPGROUPS, KEY_TILE>(problem, maps, shared, base);
+    if (thread == 0) load_along_keys<Tile, Tiles, OPTIONS, KEY_TILE, STAGES, Tiles::Q_BOXES>(problem, maps.k, problem.k, shared, base, Tiles::K, Tiles::K_FULL, Tiles::K_EMPTY, Tiles::K_FACTORS, problem.tile_counter != nullptr);
+    if (thread == 32) load_along_keys<Tile, Tiles, OPTIONS, KEY_TILE, STAGES, Tiles::V_BOXES>(problem, maps.v, problem.v, shared, base, Tiles::V, Tiles::V_FULL, Tiles::V_EMPTY, Tiles::V_FACTORS, false);
+    if (thread == 64) load_queries<Tile, Tiles, OPTIONS, WARPGROUPS, KEY_TILE>(problem, maps, shared, base);
     if (thread == 96) schedule_query_tiles<Tile, Tiles, OPTIONS>(problem, shared, base);
     return;
   }
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
+  constexpr bool SCORES_AFTER_OUTPUT = PARTS && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
-  constexpr bool BASED = (OPTIONS & (ALIBI | MASK)) == ALIBI;
+  constexpr bool BASED = !PARTS && (OPTIONS & (ALIBI | MASK)) == ALIBI;
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
-  auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + warpgroup, 256); };
-  auto next_turn = [&] { if constexpr (TURNS) named_barrier_arrive(1 + (warpgroup + 1 == WARPGROUPS ? 0 : warpgroup + 1), 256); };
+  // With parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
+  auto own_warpgroup = [&] {
+    int number = warpgroup;
+    if constexpr (PARTS != 0) keep_here(number);
+    return number;
+  };
+  auto my_turn = [&] { if constexpr (TURNS) named_barrier_sync(1 + own_warpgroup(), 256); };
+  auto next_turn = [&] {
+    const int own = own_warpgroup();
+    if constexpr (TURNS) named_barrier_arrive(1 + (own + 1 == WARPGROUPS ? 0 : own + 1), 256);
+  };
   if (TURNS && warpgroup == 0) named_barrier_arrive(1, 256);
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
 
   using Exp = Exponential<PRECISION>;
-  const Exp exponential(problem);
+  typename ExponentialOf<PARTS, Exp>::type exponential(problem);
   Ring<2> tile_ring, bias_ring;
   Ring<1> q_ring;
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  OnlineSoftmax<KEY_TILE, BASED> softmax;
+  OnlineSoftmax<KEY_TILE, BASED, PARTS == 2> softmax;
+  // PARTS: what P V of a tile adds up to on its own, for O is in other units and summed in round-to-nearest; the low parts of P, and the powers of two that
+  // turn products of parts into those of numbers.
+  float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
+  u32 p_low[PARTS == 2 ? KEY_TILE / 16 : 1][4];
+  float score_factor;
 
   u32 k_at, v_at;
   auto wait_k = [&] {
@@ -236,7 +99,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   auto wait_v = [&](const Tile& tile, int n) {
     v_ring.wait_full(base + Tiles::V_FULL);
     v_at = uniform(base + Tiles::V + v_ring.stage * Tiles::V_BYTES);
-    if constexpr ((OPTIONS & (PACKED | LENGTHS)) != 0) {
+    if constexpr (PARTS == 0 && (OPTIONS & (PACKED | LENGTHS)) != 0) {
       // Rows of V that take no part may hold anything, and a probability of 0 does not keep a NaN out. Each warpgroup clears them for itself.
       const int first = tile.block.sequence.seen() - n * KEY_TILE;
       if (first < KEY_TILE) {
@@ -246,10 +109,49 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       }
     }
   };
-  auto multiply_q_k = [&] { multiply_rows<PRECISION, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], base + warpgroup * Tiles::Q_BYTES, k_at); };
-  auto multiply_p_v = [&] { multiply_words<PRECISION, VALUE_DIM, Tiles::KEY_BOX>(output, p, v_at); };
+  auto multiply_q_k = [&] {
+    const u32 q_at = base + own_warpgroup() * Tiles::Q_BYTES;
+    if constexpr (PARTS != 0) {
+      multiply_rows_of_parts<PARTS, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at);
+    } else {
+      multiply_rows<PRECISION, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at);
+    }
+  };
+  auto multiply_p_v = [&] {
+    if constexpr (PARTS != 0) multiply_words_of_parts<PARTS, VALUE_DIM, Tiles::KEY_BOX>(tile_output, p, p_low, v_at);
+    else multiply_words<PRECISION, VALUE_DIM, Tiles::KEY_BOX>(output, p, v_at);
+  };
+  // The powers of two are read before the waits, which hide it.
+  auto read_score_factor = [&](int k_stage) {
+    if constexpr (PARTS != 0) score_factor = load_factor(base + Tiles::Q_FACTORS + own_warpgroup() * FACTOR_BYTES) * load_factor(base + Tiles::K_FACTORS + k_stage * FACTOR_BYTES);
+  };
+  auto wait_p_v = [&](int v_stage) {
+    float factor;
+    if constexpr (PARTS != 0) factor = load_factor(base + Tiles::V_FACTORS + v_stage * FACTOR_BYTES);
+    wgmma_wait<0>();
+    if constexpr (PARTS != 0) {
+      pin(tile_output);
+      if constexpr (PARTS == 2) factor *= 1.0f / PARTS_SCALE;
+#pragma unroll
+      for (int n = 0; n < VALUE_DIM / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output[n][i] = fmaf(tile_output[n][i], factor, output[n][i]);
+    } else {
+      pin(output);
+    }
+  };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, int n) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
+    if constexpr (PARTS != 0) {
+      if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
+#pragma unroll
+        for (int n = 0; n < KEY_TILE / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[0][n][i] *= score_factor;
+      } else {
+        exponential.set_unit(problem, score_factor);
+      }
+    }
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
       bias_ring.wait_full(base + Tiles::BIAS_FULL);
       const bool one_row = problem.bias.row_stride == 0;
@@ -276,7 +178,14 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
-  auto keep = [&](int n, int row, const float (&pair)[2]) { p[n / 2][n % 2 * 2 + row] = pack<PRECISION>(pair[0], pair[1]); };
+  auto keep = [&](int n, int row, const float (&pair)[2]) {
+    u32& high = p[n / 2][n % 2 * 2 + row];
+    high = pack<PRODUCT>(pair[0], pair[1]);
+    if constexpr (PARTS == 2) {
+      high = scale_pair(high);
+      p_low[n / 2][n % 2 * 2 + row] = pack<FLOAT16>(fmaf(pair[0], PARTS_SCALE, -to_float(half_t{(u16)high})), fmaf(pair[1], PARTS_SCALE, -to_float(half_t{(u16)(high >> 16)})));
+    }
+  };
   auto probabilities = [&] {   // after O is done: it may have to be rescaled
     softmax.raise(scores[0], exponential, [&](int row, float ratio) {
 #pragma unroll
@@ -294,7 +203,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   auto drop = [&](const Tile& tile, int n) {
     if constexpr ((OPTIONS & DROPOUT) != 0)
       Dropout{tile.block.schedule.place, (u32)tile.block.sequence.index}.template drop<false, 1, KEY_TILE>(
-          problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2, [&](int, int n, int half, int i) { p[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u; });
+          problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2, [&](int, int n, int half, int i) {
+            p[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u;
+            if constexpr (PARTS == 2) p_low[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u;
+          });
   };
 
   // LONG_SUMS: the tensor cores truncate what they add to O (accumulate in product_sm80.cuh). So they sum SEGMENT key tiles at most; the totals, each
@@ -327,7 +239,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
-    softmax = OnlineSoftmax<KEY_TILE, BASED>();
+    softmax = OnlineSoftmax<KEY_TILE, BASED, PARTS == 2>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
     // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end); the others it only lets pass.
@@ -367,6 +279,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       k_ring.advance();
       if (begin + 1 < end) wait_k();
       wait_v(tile, begin);
+      read_score_factor(k_read);
       wgmma_wait<0>();
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
@@ -384,15 +297,16 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         const int k_read = k_ring.stage, v_read = v_ring.stage;
         k_ring.advance();
         v_ring.advance();
+        read_score_factor(k_read);
         wgmma_wait<1>();
         pin(scores[0]);
         arrive(Tiles::K_EMPTY + 8 * k_read);
         if (n + 1 < end) wait_k();   // what the next products need, while O += P V runs
         else arrive(Tiles::Q_EMPTY + 8 * warpgroup);
         wait_v(tile, n);
-        score_tile(tile, keys, n);
-        wgmma_wait<0>();
-        pin(output);
+        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
+        wait_p_v(v_read);
+        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
         arrive(Tiles::V_EMPTY + 8 * v_read);
         if ((OPTIONS & LONG_SUMS) != 0 && (n - begin) % SEGMENT == 0) {
           add_totals(n - begin > SEGMENT);
@@ -403,13 +317,12 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         drop(tile, n);
       }
       multiply_p_v();
-      wgmma_wait<0>();
-      pin(output);
+      wait_p_v(v_ring.stage);
       arrive(Tiles::V_EMPTY + 8 * v_ring.stage);
       v_ring.advance();
       if ((OPTIONS & LONG_SUMS) != 0 && end - begin > SEGMENT) add_totals(true);
     }
-    pass(end, last);
+    pass(end, PARTS ? uniform(tile.keys.end) : last);
 
     const Place& place = tile.block.place;
     const int row = warp_row + lane / 4, rows = tile.rows;
@@ -427,7 +340,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       for (int half = 0; half < 2; ++half)
         if (lane % 4 == 0 && row + half * 8 < rows) place.template rows<float>(problem.lse)[(first_row + row + half * 8) * problem.lse.row_stride] = lse[half];
       Element* out = place.template rows<Element>(problem.out) + first_row * problem.out.row_stride;
-      store_output<PRECISION, VALUE_DIM>(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
+      if constexpr (PARTS != 0) store_float_output(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
+      else store_output<PRECISION, VALUE_DIM>(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
     }
     __syncwarp();
     arrive(Tiles::TILE_EMPTY + 8 * tile_ring.stage);

@@ -18,7 +18,7 @@ struct Array {
 };
 
 struct Problem {
-  Array q, k, v, out, dout, dq, dk, dv;
+  Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk and dv are the parts of q, k and v
   Array lse, dlse;                        // one column; the row stride steps from query to query
   Array mask, bias, dbias;                // (.., queries, keys); mask in bytes
   Array alibi_slopes, sinks;              // one float32 for each head
@@ -30,7 +30,7 @@ struct Problem {
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
-  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns
+  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Behind it, for float32: whether parts will not do
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
   const int* cu_k;
   unsigned long long seed;      // dropout

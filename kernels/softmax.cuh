@@ -8,9 +8,12 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 // What the probabilities of one lane, row and tile may add up to before the shift has to move: a quarter of float16's range, and more than they can
 // while the shift lags by RESCALE_THRESHOLD.
 constexpr float LARGEST_SUM = 16384.0f;
+// The same where probabilities become two float16 parts, times PARTS_SCALE to keep small ones exact: the shift has to follow closely.
+constexpr float PARTS_SCALE = 2048.0f, PARTS_RESCALE_THRESHOLD = 0.5f, PARTS_LARGEST_SUM = 31.9f;
 
-// BASED: the scores of a row are those given plus a number of the row's own, which is folded into what is taken once a row.
-template <int COLUMNS, bool BASED = false> struct OnlineSoftmax {
+// BASED: the scores of a row are those given plus a number of the lane's own, `base`, which is folded into what is taken once a row.
+template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineSoftmax {
+  static constexpr float THRESHOLD = IN_PARTS ? PARTS_RESCALE_THRESHOLD : RESCALE_THRESHOLD, MOST = IN_PARTS ? PARTS_LARGEST_SUM : LARGEST_SUM;
   float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
   float base[2] = {0.0f, 0.0f};                  // of the tile at hand, as an exponent
@@ -33,12 +36,13 @@ template <int COLUMNS, bool BASED = false> struct OnlineSoftmax {
         chain[n % 2] = n < 2 ? pair : fmaxf(chain[n % 2], pair);
       }
       float m = fmaxf(chain[0], chain[1]);
+      if (BASED) m = fmaf(m, exponential.factor, base[row]);
       m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
-      maximum[row] = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2)) * exponential.factor;
-      if (BASED) maximum[row] += base[row];
+      m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
+      maximum[row] = BASED ? m : m * exponential.factor;
     }
     // From nothing seen so far (-inf) every score moves it; -inf and NaN move nothing, and a NaN then shows in the sum.
-    const bool moved = maximum[0] - shift[0] > RESCALE_THRESHOLD || maximum[1] - shift[1] > RESCALE_THRESHOLD;
+    const bool moved = maximum[0] - shift[0] > THRESHOLD || maximum[1] - shift[1] > THRESHOLD;
     if (!__any_sync(0xffffffff, moved)) return;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -85,7 +89,7 @@ template <int COLUMNS, bool BASED = false> struct OnlineSoftmax {
     float tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
-    if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= LARGEST_SUM))) return false;
+    if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= MOST))) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) shift[row] = 0.0f, sum[row] = tile_sum[row];
     return true;
@@ -97,7 +101,7 @@ template <int COLUMNS, bool BASED = false> struct OnlineSoftmax {
     const float against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
     float tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, tile_sum[0] > LARGEST_SUM || tile_sum[1] > LARGEST_SUM)) return false;
+    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
     return true;

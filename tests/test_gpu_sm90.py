@@ -12,7 +12,7 @@ import cuflash
 if cupy is None:
     pytest.skip("needs CuPy", allow_module_level=True)
 
-from cuflash import repeat
+from cuflash import cupy_backend, repeat
 from cuflash.cupy_backend import launch, tiles
 from cuflash.problem import make_problem
 
@@ -73,7 +73,9 @@ def test_large_scores(arrays, scale):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"kv_lengths": [700, 3000]}, {"window": (1000, 0)}, {"softcap": 2.0}, {"alibi": True}, {"sinks": True}], ids=str
+    "options",
+    [{}, {"causal": True}, {"kv_lengths": [700, 3000]}, {"window": (1000, 0)}, {"softcap": 2.0}, {"alibi": True}, {"sinks": True}, {"bias": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
 @pytest.mark.parametrize("head_dim", [64, 128, 200])
@@ -86,6 +88,8 @@ def test_few_queries(arrays, length, head_dim, heads, options, no_plans):
         options["alibi_slopes"] = cupy.full(heads[0], 0.01, numpy.float32)
     if options.pop("sinks", False):
         options["sinks"] = arrays.normal(heads[0])
+    if "bias" in options:
+        options["bias"] = arrays.normal(heads[0], length, 3000)
     if "kv_lengths" in options:
         options["kv_lengths"] = cupy.array(options["kv_lengths"])
     check_forward(q, k, v, roundings=8, **options)
@@ -159,6 +163,106 @@ def test_what_tma_cannot_read_is_taken_by_sm80_and_logged(arrays, no_plans, capl
     q, k, v = arrays.qkv(100, 120, 64, lead=(2,))
     check_forward(q, k[:, ::-1], v[:, ::-1], roundings=8)
     assert any("TMA cannot read these strides; taken by the sm80 family" in record.getMessage() for record in caplog.records)
+
+
+class TestFloat32InParts:
+    """Float32 arrays as float16 numbers (kernels/parts.cuh), in calls of any size."""
+
+    TABLES = tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS
+    ROWS = tuple((precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items())
+    TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
+
+    @pytest.fixture(autouse=True)
+    def always(self, no_plans, monkeypatch):
+        needs_sm90()
+        monkeypatch.setattr(tiles, "PARTS_LEAST_QUERIES", 0)
+        monkeypatch.setattr(tiles, "PARTS_LEAST_PRODUCTS", 0)
+
+    @pytest.fixture(params=["float32", "tf32"])
+    def arrays(self, request, seed):
+        return Arrays(cupy, request.param, seed)
+
+    def plan(self, no_plans):
+        return next(plan for plan in no_plans.values() if isinstance(plan, launch.PartsForward))
+
+    @staticmethod
+    def by_sm80(q, k, v, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "family", lambda device: ("sm80", "the test asks for it"))
+            cupy_backend._plans.clear()
+            repeat._calls.clear()
+            result = cuflash.attention_forward(q, k, v, **options)
+        cupy_backend._plans.clear()
+        repeat._calls.clear()
+        return result
+
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}], ids=["full", "causal", "window"])
+    @pytest.mark.parametrize("tile", TILES, ids=str)
+    def test_every_tile(self, seed, tile, options, no_plans, monkeypatch):
+        precision, dim, *fields = tile
+        arrays = Arrays(cupy, precision, seed)
+        monkeypatch.setattr(tiles, "forward_parts", lambda *call: tiles.ForwardSm90Tile(*fields))
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
+        for length, keys in ((700, 900), (65, 300), (300, 5), (1, 1)):
+            q, k, v = arrays.normal(2, 4, length, dim), arrays.normal(2, 2, keys, dim), arrays.normal(2, 2, keys, dim)
+            check_forward(q, k, v, roundings=8, **options, **arrays.options)
+        assert self.plan(no_plans)
+
+    @pytest.mark.parametrize("name", [*NAMES, "all"])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_options(self, arrays, head_dim, name, no_plans):
+        q, k, v = arrays.qkv(300, 500, head_dim, lead=(2, 4))
+        options = dict(arrays.options)
+        for own in NAMES if name == "all" else [name]:
+            options |= option(own, arrays, (2,), 4, 300, 500)
+        check_forward(q, k, v, roundings=8, **options)
+        assert self.plan(no_plans)
+
+    @pytest.mark.parametrize("amplitude", [1e-6, 1.0, 10.0, 100.0])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_sizes_of_numbers(self, arrays, head_dim, amplitude):
+        q, k, v = (array * numpy.float32(amplitude) for array in arrays.qkv(500, 2000, head_dim, lead=(2,)))
+        v[:, 700, 3] *= 1000
+        check_forward(q, k, v, **arrays.options)
+
+    @pytest.mark.parametrize("what", ["nan", "inf", "a small row", "a small column", "hidden and large", "too large"])
+    def test_what_parts_cannot_hold_is_taken_by_sm80(self, what, seed, no_plans):
+        q, k, v = Arrays(cupy, "float32", seed).qkv(300, 500, 64, lead=(2,))
+        options = {"mask": cupy.arange(500) < 450}
+        if what in ("nan", "inf"):
+            v[1, 77, 5] = float(what)
+        elif what == "a small row":
+            v[1, 77] *= 1e-7
+        elif what == "a small column":
+            k[..., 3] *= 1e-7
+        else:
+            v[1, 480, 5] = 1e9 if what == "hidden and large" else 1e30
+        expected = self.by_sm80(q, k, v, **options)
+        for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), expected):
+            numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+        assert self.plan(no_plans)
+        v[:] = cupy.where(abs(v) < 10, v, 1)
+        v[1, 77], k[..., 3] = 1, 1
+        assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
+
+    def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
+        q, k, v = arrays.qkv(300, 500, 64, lead=(2,))
+        options = {"q_lengths": 280, "kv_lengths": cupy.asarray([450, 70]), **arrays.options}
+        expected = cuflash.attention_forward(q, k, v, **options)
+        q[:, 280:], k[0, 450:], k[1, 70:], v[0, 450:], v[1, 70:] = numpy.nan, numpy.inf, numpy.nan, numpy.nan, numpy.inf
+        for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), expected):
+            numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_a_thousand_runs_are_equal(self, arrays, causal, monkeypatch):
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 20)
+        q, k, v = arrays.qkv(500, 500, 128, lead=(2, 8))
+        out, lse = cuflash.attention_forward(q, k, v, causal=causal, **arrays.options)
+        differs = cupy.zeros((), bool)
+        for _ in range(1000):
+            own, own_lse = cuflash.attention_forward(q, k, v, causal=causal, **arrays.options)
+            differs |= (own != out).any() | (own_lse != lse).any()
+        assert not differs
 
 
 class TestRepeatedCalls:

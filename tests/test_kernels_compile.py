@@ -129,6 +129,16 @@ def test_instances_of_sm90(precision, dims):
     assert spills("forward_sm90.cu", list(names), "sm_90a") == []
 
 
+@pytest.mark.parametrize("dims", tiles.HEAD_DIMS_PARTS, ids=str)
+@pytest.mark.parametrize("precision", tiles.PARTS)
+def test_instances_of_sm90_for_float32(precision, dims):
+    options = (0, WHICH_SCORES, tiles.BIAS | tiles.SCALE_FIRST, ALL_OPTIONS) if precision == "float32" else (0, ALL_OPTIONS)
+    chosen = [(tiles.forward_parts(precision, dims, own, 5000), own) for own in options]
+    assert spills("forward_sm90.cu", [tile.name(precision, dims, own) for tile, own in chosen], "sm_90a") == []
+    names = {tiles.float32_parts(precision, dims, own, tile.key_tile) for tile, own in chosen}
+    assert spills("float32_parts.cu", sorted(names), "sm_90") == []
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
 def test_backward_instances_of_sm90(precision, dims):
@@ -176,6 +186,15 @@ def test_sizes_of_sm90_tiles():
                 sizes = {"SHARED_BYTES": tile.shared_bytes(dims, options), "THREADS": tile.threads, "QUERY_TILE": tile.query_tile}
                 conditions |= {f"{struct}::{name} == {value}" for name, value in sizes.items()}
     assert len(conditions) > 20
+    for table in (tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS):
+        for precision, rows in table.items():
+            for dim, row in rows.items():
+                for _, tile in row:
+                    shared_bytes = tile.shared_bytes((dim, dim), 0, precision)
+                    assert shared_bytes <= SHARED_LIMITS["sm_90"], (precision, dim, tile)
+                    numbers = (dim, dim, 0, tile.warpgroups, tile.key_tile, tile.stages, tiles.PARTS[precision])
+                    conditions.add(f"ForwardSm90Tiles<{', '.join(map(str, numbers))}>::SHARED_BYTES == {shared_bytes}")
+    conditions |= {f"parts_of({kind}) == {tiles.PARTS.get(precision, 0)}" for precision, kind in tiles.PRECISIONS.items()}
     compile_program(program_of_assertions("forward_sm90.cu", sorted(conditions)), architecture="sm_90a")
 
 

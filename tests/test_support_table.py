@@ -40,12 +40,12 @@ def test_every_option_is_in_the_table():
 
 
 def test_dtypes_of_the_table():
-    from cuflash.cupy_backend.tiles import PRECISIONS, element_bytes
+    from cuflash.cupy_backend.tiles import PRECISIONS
 
     complex_of = {"float32": "complex64", "float64": "complex128"}  # real arrays to the kernels
     assert set(FAMILIES["numpy"]) == {"float16", "bfloat16", "float32", "float64", *complex_of.values()}
     assert set(FAMILIES["sm80"]) == {*PRECISIONS, *(complex_of[precision] for precision in PRECISIONS if precision in complex_of)}
-    assert set(FAMILIES["sm90"]) == {precision for precision in PRECISIONS if element_bytes(precision) == 2}
+    assert set(FAMILIES["sm90"]) == set(FAMILIES["sm80"])
 
 
 def cells():
@@ -58,7 +58,7 @@ def cells():
 @pytest.fixture
 def takes_kernels_of(no_plans, monkeypatch):
     """A function: from here on calls are planned for this family; and one that tells the kernels of the plans that were made."""
-    from cuflash.cupy_backend import launch, modules
+    from cuflash.cupy_backend import launch, modules, tiles
 
     if launch.family(cupy.cuda.Device().id)[0] != "sm90":
         pytest.skip("the sm90 family needs a GPU of compute capability 9.0; the other one is tested there as well")
@@ -71,6 +71,8 @@ def takes_kernels_of(no_plans, monkeypatch):
     monkeypatch.setattr(modules, "kernel", recorded)
 
     def use(family):
+        monkeypatch.setattr(tiles, "PARTS_LEAST_QUERIES", 0)
+        monkeypatch.setattr(tiles, "PARTS_LEAST_PRODUCTS", 0)
         monkeypatch.setattr(launch, "family", lambda device: (family, "the test asks for it"))
         return taken
 
@@ -92,15 +94,16 @@ def test_what_the_table_says_works(seed, name, family, precision, request):
     says = TABLE[name][family]
     taken = request.getfixturevalue("takes_kernels_of")(family) if family == "sm90" else None
     arrays = Arrays(numpy if family == "numpy" else cupy, precision, seed)
-    head_dim = 128 if family == "sm90" else 32
+    head_dim = 32 if family != "sm90" else 64 if arrays.dtype.kind == "c" else 128
     q, k, v, options = arrays_and_options(name, arrays, head_dim)
     if "forward" in says:
         plain = check_forward(q, k, v, roundings=4, **arrays.options)[0]
         assert (check_forward(q, k, v, roundings=4, **options)[0] != plain).any(), "the option changes nothing"
     gradients = check_backward(arrays.normal(HEADS, LENGTH, head_dim), q, k, v, roundings=4, **options)
     if family == "sm90":
-        assert {"forward_sm90.cu", "backward_sm90.cu" if "backward" in says else "backward_sm80.cu"} <= set(taken)
-        assert "forward_sm80.cu" not in taken
+        in_parts = precision in ("float32", "tf32", "complex64")  # of which the sm80 family's kernel stands by, and has backward
+        assert {"forward_sm90.cu", "backward_sm90.cu" if "backward" in says and not in_parts else "backward_sm80.cu"} <= set(taken)
+        assert ("forward_sm80.cu" in taken) == in_parts
         return
     assert "backward" in says
     assert len(gradients) == 3 + ("dbias" in says) + ("dsinks" in says)

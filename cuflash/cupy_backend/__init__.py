@@ -264,6 +264,11 @@ def warmup(dtypes, head_dims):
                 backward = tiles.backward_sm90(head_dim, head_dim, 0)
             else:
                 wanted = [(forward_tile.file, forward_tile.name(precision, dims, 0), forward_tile.shared_bytes(dims, size))]
+                if launch.family(device)[0] == "sm90" and tiles.PARTS_LEAST_DIM <= head_dim <= max(tiles.HEAD_DIMS_PARTS[-1]):
+                    own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_PARTS)
+                    for _, tile in tiles.FORWARD_SM90_PARTS[precision][max(own)]:
+                        wanted += [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own, 0, precision))]
+                        wanted += [("float32_parts.cu", tiles.float32_parts(precision, own, 0, tile.key_tile), 0)]
             if backward is not None:
                 main, dims = backward
                 wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]

@@ -20,7 +20,8 @@ log = logging.getLogger("cuflash")
 # struct Problem of kernels/problem.cuh. A test holds the two together.
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
-WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")  # 64 bits that each call fills in
+# 64 bits each that a call fills in.
+WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
     + [(name, "i4") for name in ("group", "columns", "pairs")],
@@ -194,7 +195,7 @@ def last_first(problem):
 
 
 def sweep(problem, head_bytes, places, in_order=False):
-    """How many of the grid's heads are swept together: only where tiles are uneven, or blocks of one head wait for each other; what they share should fit in L2."""
+    """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share should fit in L2."""
     return max(1, min(places, L2_BYTES // max(1, head_bytes))) if in_order or last_first(problem) else 1
 
 
@@ -236,7 +237,6 @@ def options_of(problem):
 def plan_forward(problem, views, alignment):
     """The launch of a forward pass; `views`: name -> layout."""
     problem, views = _heads_as_rows(problem, views)
-    dims = tiles.head_dims(problem.head_dim, problem.value_dim)
     size = tiles.element_bytes(problem.precision)
     options = options_of(problem)
     if problem.key_length > LONG_LENGTH and problem.precision != "float32":  # which adds in round-to-nearest anyway
@@ -245,6 +245,17 @@ def plan_forward(problem, views, alignment):
         launch = _plan_forward_sm90(problem, views, alignment, options)
         if launch is not None:
             return launch
+    if family(problem.device)[0] == "sm90" and size == 4 and tiles.parts_pay(problem):
+        launch = _plan_forward_parts(problem, views, options & ~tiles.LONG_SUMS, alignment)  # each tile of values is added in round-to-nearest
+        if launch is not None:
+            return launch
+    return _plan_forward_sm80(problem, views, options, alignment)
+
+
+def _plan_forward_sm80(problem, views, options, alignment):
+    """The same by the sm80 family."""
+    dims = tiles.head_dims(problem.head_dim, problem.value_dim)
+    size = tiles.element_bytes(problem.precision)
     tile = tiles.choose(tiles.forward_table(options), problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
     if "bias chunks" in alignment:
@@ -296,6 +307,66 @@ def _plan_forward_sm90(problem, views, alignment, options):
     rows = math.prod(problem.lead) * problem.query_length
     kernel = modules.kernel("forward_combine.cu", f"forward_combine<{tiles.PRECISIONS[problem.precision]}, {dims[1]}>", 0, problem.device)
     return SplitForward(main, Launch(kernel, rows, 128, 0, packed), (splits, rows, dims[1]))
+
+
+def _plan_forward_parts(problem, views, options, alignment):
+    """The same for float32 arrays, in float16 parts (kernels/parts.cuh); None where TMA cannot read them."""
+    precision, device = problem.precision, problem.device
+    dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_PARTS)
+    tile = tiles.forward_parts(precision, dims, options, problem.query_length)
+    rows_of_groups = {"q": (problem.query_length, 64), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
+    parts, starts, boxes, size, blocks = {}, {}, {}, PARTS_HEADER, 0
+    for name, (length, rows) in rows_of_groups.items():
+        groups, dim = slots(problem, length, rows), dims[name == "v"]
+        parts[name], places = _layout_of_parts(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
+        starts[name], boxes[name] = size, (groups * (rows + 1), rows)
+        size += places * groups * (rows + 1) * parts[name][3] * 2
+        blocks += places * groups
+    of_parts = views | parts
+    maps = _maps_of(problem, numpy.frombuffer(argument(problem, of_parts, alignment=alignment), LAYOUT)[0], boxes)
+    if None in maps:
+        log.info("forward: TMA cannot read the parts of these arrays; taken by the sm80 family")
+        return None
+    packed = argument(problem, views | {f"d{name}": layout for name, layout in parts.items()})
+    kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, tile.key_tile), 0, device)
+    split = Launch(kernel, blocks, 256, 0, packed)
+    shared_bytes = tile.shared_bytes(dims, options, precision)
+    kernel = modules.kernel(tile.file, tile.name(precision, dims, options), shared_bytes, device)
+    packed = argument(problem, of_parts, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)
+    most = min(_query_tiles(problem, tile), multiprocessors(device))
+    main = Launch(kernel, most, tile.threads, shared_bytes, packed, tensormap.TensorMaps("float16", maps))
+    return PartsForward(split, main, _plan_forward_sm80(problem, views, options, alignment), starts, size)
+
+
+def _layout_of_parts(layout, rows, columns):
+    """Of the parts of an array of this layout, once for what is broadcast; and how many (batch, head) that is."""
+    lead, strides, _, _ = layout
+    own, places = [], 1
+    for length, stride in zip(lead[::-1], strides[::-1]):
+        own.append(places * rows * columns if stride else 0)
+        places *= length if stride else 1
+    return (lead, tuple(own[::-1]), (columns, 1), columns), places
+
+
+PARTS_HEADER = 256  # bytes in front of the parts, for a counter of tiles and the word that says whether parts will not do
+
+
+class PartsForward:
+    """Float32 arrays become parts, and the sm90 family takes those; or the sm80 family the arrays, where parts will not do. Only the GPU knows which."""
+
+    counts = False
+
+    def __init__(self, split, main, without_parts, starts, size):
+        self.split, self.main, self.without_parts, self.starts, self.size = split, main, without_parts, starts, size
+
+    def __call__(self, words):
+        memory = cupy.cuda.alloc(self.size)
+        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
+        words = words | {"tile_counter": memory.ptr}
+        parts = {name: memory.ptr + start for name, start in self.starts.items()}
+        self.split(words | {f"d{name}": address for name, address in parts.items()})
+        self.main(words | parts)
+        self.without_parts(words)
 
 
 def _splits_of_keys(problem, dims, options):

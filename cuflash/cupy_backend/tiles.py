@@ -16,6 +16,9 @@ HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 
 # As kernels/types.cuh has them.
 PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
 
+# How many float16 numbers stand for one of float32 in the sm90 family (kernels/parts.cuh).
+PARTS = {"float32": 2, "tf32": 1}
+
 # As kernels/score.cuh has them.
 OPTIONS = tuple(1 << bit for bit in range(14))
 SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS
@@ -101,12 +104,16 @@ class ForwardSm90Tile(_Parameters):
     def threads(self):
         return (self.warpgroups + 1) * 128
 
-    def shared_bytes(self, dims, options=0):
-        query_columns, value_columns = (-(-dim // 64) * 64 for dim in dims)
+    def shared_bytes(self, dims, options=0, precision="bfloat16"):
+        parts = PARTS.get(precision, 0)
+        query_columns, value_columns = (max(parts, 1) * -(-dim // 64) * 64 for dim in dims)
         totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
         bias = 2 * self.query_tile * self.key_tile * 2 if options & STAGED_BIAS else 0
         tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
-        return tiles + bias + totals + 2 * 256 + 8 * (9 + 2 * self.warpgroups + 4 * self.stages)
+        barriers = 8 * (9 + 2 * self.warpgroups + 4 * self.stages)
+        if parts:  # and a factor of 16 bytes for each warpgroup's queries and each stage of keys and values
+            barriers = -(-barriers // 16) * 16 + 16 * (self.warpgroups + 2 * self.stages)
+        return tiles + bias + totals + 2 * 256 + barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +286,26 @@ FORWARD_SM90_STAGED_BIAS = {
     192: [(math.inf, ForwardSm90Tile(2, 64, 2))],
     256: [(math.inf, ForwardSm90Tile(2, 64, 2))],
 }
+# Float32 arrays in parts: head dims up to these, and above PARTS_LEAST_DIM: narrower ones would be padded to twice their width and more, and as sums of few
+# terms feel the product of the low parts, which is left out.
+HEAD_DIMS_PARTS = ((64, 64), (96, 96), (128, 128))
+PARTS_LEAST_DIM = 33
+# Making parts pays from so many queries of a key head and so many products of two numbers on. Not timed.
+PARTS_LEAST_QUERIES, PARTS_LEAST_PRODUCTS = 256, 2**29
+FORWARD_SM90_PARTS = {
+    "float32": {
+        64: [(math.inf, ForwardSm90Tile(3, 64, 4))],
+        96: [(math.inf, ForwardSm90Tile(2, 64, 2))],
+        128: [(math.inf, ForwardSm90Tile(2, 64, 2))],
+    },
+    "tf32": {
+        64: [(math.inf, ForwardSm90Tile(3, 64, 6))],
+        96: [(math.inf, ForwardSm90Tile(2, 64, 4))],
+        128: [(math.inf, ForwardSm90Tile(2, 64, 4))],
+    },
+}
+# With more than one option that changes scores.
+FORWARD_SM90_PARTS_WITH_OPTIONS = {precision: rows | {64: [(math.inf, ForwardSm90Tile(2, 64, 4))]} for precision, rows in FORWARD_SM90_PARTS.items()}
 # SPLIT_KEYS, few queries: their time is that of reading keys and values; the totals of LONG_SUMS fit too.
 FORWARD_SM90_SPLIT_KEYS = {
     64: [(math.inf, ForwardSm90Tile(1, 128, 5))],
@@ -399,10 +426,10 @@ def backward_table(options, with_dq=True):
 def forward_sm90(dims, options, queries):
     """The tile of the sm90 family for a call, or None where the sm80 family has to take it."""
     changes = _changes_of_scores(options & ~LONG_SUMS)
-    if options & SPLIT_KEYS and queries <= 64:
-        table = FORWARD_SM90_SPLIT_KEYS
-    elif options & STAGED_BIAS:
+    if options & STAGED_BIAS:
         table = FORWARD_SM90_STAGED_BIAS if changes == 1 and not options & (LONG_SUMS | BIAS_FLOAT32 | SPLIT_KEYS) else {}
+    elif options & SPLIT_KEYS and queries <= 64:
+        table = FORWARD_SM90_SPLIT_KEYS
     elif options & LONG_SUMS:
         table = FORWARD_SM90_LONG_SUMS if changes == 0 else {}
     elif changes > 1 or options & MASK:
@@ -411,6 +438,27 @@ def forward_sm90(dims, options, queries):
         table = FORWARD_SM90_WITH_OPTION if changes else FORWARD_SM90
     rows = table.get(dims) or table.get(max(dims), [])
     return next((tile for most, tile in rows if queries <= most), None)
+
+
+def forward_parts(precision, dims, options, queries):
+    """The tile of the sm90 family for a call with float32 arrays."""
+    table = FORWARD_SM90_PARTS_WITH_OPTIONS if _changes_of_scores(options & ~SCALE_FIRST) > 1 else FORWARD_SM90_PARTS
+    return next(tile for most, tile in table[precision][max(dims)] if queries <= most)
+
+
+def float32_parts(precision, dims, options, key_tile):
+    """The kernel that makes them."""
+    return f"float32_parts<{_arguments(PRECISIONS[precision], *dims, options & (PACKED | LENGTHS), key_tile)}>"
+
+
+def parts_pay(problem):
+    """Whether the sm90 family takes a call with float32 arrays: it has the head dims, and what making parts costs comes in again."""
+    narrow, wide = sorted((problem.head_dim, problem.value_dim))
+    if narrow < PARTS_LEAST_DIM or wide > max(HEAD_DIMS_PARTS[-1]):
+        return False
+    queries = problem.query_length * problem.heads
+    products = math.prod(problem.batch) * queries * problem.key_length * (problem.head_dim + problem.value_dim)
+    return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and products >= PARTS_LEAST_PRODUCTS
 
 
 def backward_sm90(head_dim, value_dim, options, deterministic=False):

@@ -88,16 +88,19 @@ CUFLASH_WGMMA_WIDTH(128, 64, 65, 66, 67, 68, 69)
 CUFLASH_WGMMA_WIDTH(192, 96, 97, 98, 99, 100, 101)
 CUFLASH_WGMMA_WIDTH(256, 128, 129, 130, 131, 132, 133)
 
-// D = A Bᵀ over DEPTH columns, both from shared memory, rows along k; 64 columns further lie a box on.
-template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+// D = A Bᵀ, or D += A Bᵀ, over DEPTH columns, both from shared memory, rows along k; 64 columns further lie a box on. Between a fence and a commit.
+template <bool ADD, int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void issue_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
   const unsigned long long a = descriptor_along_k(a_at), b = descriptor_along_k(b_at);
-  wgmma_fence();
 #pragma unroll
   for (int step = 0; step < DEPTH / 16; ++step) {
     const int a_step = step / 4 * A_BOX + step % 4 * 32, b_step = step / 4 * B_BOX + step % 4 * 32;
-    if (step == 0) Wgmma<PRECISION, N>::template multiply_shared<false>(d, a, b);
+    if (!ADD && step == 0) Wgmma<PRECISION, N>::template multiply_shared<false>(d, a, b);
     else Wgmma<PRECISION, N>::template multiply_shared<true>(d, a + (a_step >> 4), b + (b_step >> 4));
   }
+}
+template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  wgmma_fence();
+  issue_rows<false, PRECISION, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   wgmma_commit();
 }
 // D = Aᵀ B over DEPTH rows, both from shared memory, their rows k.
@@ -111,11 +114,17 @@ template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __fo
   }
   wgmma_commit();
 }
-// D += A B, A from registers, B from shared memory, its rows k.
-template <int PRECISION, int N, int B_BOX, int STEPS> __device__ __forceinline__ void multiply_words(float (&d)[N / 8][4], const u32 (&a)[STEPS][4], u32 b_at) {
+// D = A B, or D += A B, A from registers, B from shared memory, its rows k. Between a fence and a commit.
+template <bool ADD, int PRECISION, int N, int B_BOX, int STEPS> __device__ __forceinline__ void issue_words(float (&d)[N / 8][4], const u32 (&a)[STEPS][4], u32 b_at) {
   const unsigned long long b = descriptor_across_k(b_at, B_BOX);
-  wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) Wgmma<PRECISION, N>::template multiply_registers<true>(d, a[step], b + (step * 2048 >> 4));
+  for (int step = 0; step < STEPS; ++step) {
+    if (!ADD && step == 0) Wgmma<PRECISION, N>::template multiply_registers<false>(d, a[step], b);
+    else Wgmma<PRECISION, N>::template multiply_registers<true>(d, a[step], b + (step * 2048 >> 4));
+  }
+}
+template <int PRECISION, int N, int B_BOX, int STEPS> __device__ __forceinline__ void multiply_words(float (&d)[N / 8][4], const u32 (&a)[STEPS][4], u32 b_at) {
+  wgmma_fence();
+  issue_words<true, PRECISION, N, B_BOX>(d, a, b_at);
   wgmma_commit();
 }
