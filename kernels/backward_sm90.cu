@@ -57,7 +57,21 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
     if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
-    if (IN_ORDER && (warp == 1 || warp == 2)) add_slabs_in_order<HEAD_DIM, QUERY_TILE, Tiles, Block>(problem, base, warp - 1);
+    if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
+      constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
+      const int part = warp - 1;
+      Ring<1> slab_ring;
+      take_turns<QUERY_TILE, Block>(problem, part, [&](u32 row, auto wait, auto done) {
+        slab_ring.wait_full(base + Tiles::SLAB_FULL + 8 * part);
+        wait();
+        reduce_add_bytes(problem.dq_sum + (i64)row * HEAD_DIM + part * (BYTES / 4), base + Tiles::SLAB + part * BYTES, BYTES);
+        wait_until_read();
+        barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * part);
+        slab_ring.advance();
+        wait_until_added();
+        done();
+      });
+    }
     return;
   }
 

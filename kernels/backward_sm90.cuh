@@ -50,11 +50,11 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
   }
 }
 
-// Adds what a warpgroup leaves of dQ in its slabs to dq_sum, tile by tile, in order: a key block adds to a tile once the key block before it has (if that sees
-// the tile), and says so in row_turn. Blocks start in the order of their keys, so who is waited for is under way. All walk from the last tile that they see to
-// the first: so the one before is ahead, under causal masks and windows too.
-template <int HEAD_DIM, int QUERY_TILE, typename Tiles, typename Block> __device__ __forceinline__ void add_slabs_in_order(const Problem& problem, u32 base, int warpgroup) {
-  constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
+// The block's turns at dq_sum, one query tile after the other: add(row, wait, done) is to call wait() before it adds to the tile whose padded rows begin at `row`, and
+// done() when that has come about. A key block adds to a tile once the key block before it has (if that sees the tile). Blocks start in the order of their keys,
+// so who is waited for is under way; and all walk from the last tile that they see to the first: so the one before is ahead, under causal masks and windows too.
+// `part`: of those who add to a tile apart from each other.
+template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline__ void take_turns(const Problem& problem, int part, Add add) {
   int first, tiles, end_of_previous;   // of query tiles
   u32 row, turn;
   {
@@ -63,19 +63,12 @@ template <int HEAD_DIM, int QUERY_TILE, typename Tiles, typename Block> __device
     first = block.first_tile, tiles = block.last_tile - first, end_of_previous = block.end_of_previous(), turn = block.slot.tile;
     row = block.sequence.padded_row(problem, block.place);
   }
-  Ring<1> ring;
   for (int head = 0; head < problem.heads_per_block; ++head, row += problem.padded_queries) {
 #pragma unroll 1
-    for (int tile = first + tiles - 1; tile >= first; --tile, ring.advance()) {
+    for (int tile = first + tiles - 1; tile >= first; --tile) {
       const u32 tile_row = row + tile * QUERY_TILE;
-      u32* row_turn = problem.row_turn + tile_row + warpgroup;
-      ring.wait_full(base + Tiles::SLAB_FULL + 8 * warpgroup);
-      if (tile < end_of_previous) wait_for_value(row_turn, turn);
-      reduce_add_bytes(problem.dq_sum + (i64)tile_row * HEAD_DIM + warpgroup * (BYTES / 4), base + Tiles::SLAB + warpgroup * BYTES, BYTES);
-      wait_until_read();
-      barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
-      wait_until_added();
-      store_release(row_turn, turn + 1);
+      u32* row_turn = problem.row_turn + tile_row + part;
+      add(tile_row, [&] { if (tile < end_of_previous) wait_for_value(row_turn, turn); }, [&] { store_release(row_turn, turn + 1); });
     }
   }
 }

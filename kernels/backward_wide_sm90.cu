@@ -24,7 +24,8 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, P = DO + DO_STAGES * DO_BYTES, DS = P + P_BYTES;
   static constexpr int LSE = DS + DS_STAGES * DS_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
-  static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8, SHARED_BYTES = P_EMPTY + 8;
+  static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8;
+  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, SHARED_BYTES = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2};   // of each warpgroup
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
@@ -42,13 +43,26 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
+    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 1);
     barrier_init_fence();
   }
   __syncthreads();
 
   if (warpgroup == 2) {
     give_registers<Tiles::LOADING_REGISTERS>();
-    if (threadIdx.x % 128 == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+    const int warp = uniform(threadIdx.x / 32 % 4);
+    if (threadIdx.x % 32) return;
+    if (warp == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+    if (IN_ORDER && warp == 1) {
+      Ring<1> ring;
+      take_turns<64, Block>(problem, 0, [&](u32, auto wait, auto done) {
+        wait();
+        barrier_arrive(base + Tiles::TURN);
+        ring.wait_full(base + Tiles::ADDED);
+        ring.advance();
+        done();   // waits for what was added, so that no warp that computes has to
+      });
+    }
     return;
   }
 
@@ -70,7 +84,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
 
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
-  Ring<1> p_ring;
+  Ring<1> p_ring, turn_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
   const u32 p_at = base + Tiles::P + threadIdx.x % 128 * 16;   // the thread's 16 bytes of each quarter of Pᵀ
 
@@ -80,23 +94,19 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
     multiply_columns<PRECISION, COLUMNS, 64, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES), uniform(base + Tiles::K + first_box * Tiles::KEY_BOX));
   };
-  const int end_of_previous = IN_ORDER ? block.end_of_previous() : 0;
-  auto add_dq = [&](auto& dq, int first_box, u32 first_row, bool waits) {
+  auto add_dq = [&](auto& dq, int first_box, float* tile_at) {
     pin(dq);
     arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
     dq_ring.advance();
     constexpr int COUNT = sizeof(dq) / 16;
-    if (IN_ORDER && (waits || !(OPTIONS & WINDOW))) wait_for_value(problem.row_turn + first_row + threadIdx.x / 32, block.first_key / 64);
-    float* tile_at = problem.dq_sum + (i64)first_row * HEAD_DIM;
+    if (IN_ORDER) turn_ring.wait_full(base + Tiles::TURN);
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) reduce_add(tile_at + (((first_box + n / 8) * 4 + warp) * 8 + n % 8) * 128 + lane * 4, dq[n]);
-  };
-
-  // In order: tells the next key block. Not at once: it waits for what was added.
-  auto release = [&](u32 row) {
-    if (!IN_ORDER) return;
-    __syncwarp();
-    if (lane == 0) store_release(problem.row_turn + row + threadIdx.x / 32, block.first_key / 64 + 1);
+    if (IN_ORDER) {
+      __syncwarp();
+      arrive(Tiles::ADDED);
+      turn_ring.advance();
+    }
   };
 
   // The walk of a warpgroup over all tiles. start(exists, tile) issues the first product of a tile, scores or their gradients; own(place, tile) goes on from
@@ -104,8 +114,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   auto walk = [&](auto boxes, int first_box, auto start, auto own, auto done) {
     constexpr int BOXES = decltype(boxes)::value;
     constexpr bool ROOM = HEAD_DIM < 256;   // for the next tile's first product beside dQ
-    u32 dq_row = 0;
-    bool dq_waits = false;
+    float* dq_target = nullptr;
     if (block.first_tile < block.last_tile) {
       start(true, block.template tile_at<IN_ORDER>(block.first_tile));
       wgmma_wait<0>();
@@ -126,19 +135,17 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
         done();
         if constexpr (ROOM) start(more, next);
         wgmma_wait<ROOM>();
-        if (follows) add_dq(dq, first_box, dq_row, dq_waits);
+        if (follows) add_dq(dq, first_box, dq_target);
+        dq_target = problem.dq_sum + (block.sequence.padded_row(problem, place) + tile * 64) * HEAD_DIM;
         if constexpr (!ROOM) start(more, next);
         wgmma_wait<0>();
-        if (follows) release(dq_row);
-        dq_row = block.sequence.padded_row(problem, place) + tile * 64, dq_waits = tile < end_of_previous;
       }
     }
     if (block.first_tile < block.last_tile) {
       float dq[BOXES * 8][4];
       multiply_ds_k(dq, first_box, true);
       wgmma_wait<0>();
-      add_dq(dq, first_box, dq_row, dq_waits);
-      release(dq_row);
+      add_dq(dq, first_box, dq_target);
     }
   };
 

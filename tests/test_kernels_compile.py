@@ -148,7 +148,7 @@ def test_backward_instances_of_sm90(precision, dims):
         own_sets = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
         sets |= {own for own in own_sets if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)}
     wider = sets | {own | which for own in sets}
-    chosen = [(own, in_order, tiles.backward_sm90(*dims, own, in_order)) for in_order in (False, True) for own in (sets if in_order else wider)]
+    chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []

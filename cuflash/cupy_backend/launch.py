@@ -195,7 +195,7 @@ def last_first(problem):
 
 
 def sweep(problem, head_bytes, places, in_order=False):
-    """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share should fit in L2."""
+    """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
     return max(1, min(places, L2_BYTES // max(1, head_bytes))) if in_order or last_first(problem) else 1
 
 
@@ -439,7 +439,7 @@ class BackwardPlan:
 
         main, maps = tiles.choose(tiles.backward_table(options), precision, dims, limit), None
         if family(device)[0] == "sm90" and size == 2 and problem.key_length and problem.query_length:
-            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options, problem.deterministic)
+            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
             maps = None if own is None else _maps_of_backward(problem, views, own[0])
             if maps is not None:
                 main, dims = own

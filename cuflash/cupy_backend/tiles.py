@@ -165,7 +165,7 @@ class BackwardWideSm90Tile(_Parameters):
 
     def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
-        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2)
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,7 +461,7 @@ def parts_pay(problem):
     return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and products >= PARTS_LEAST_PRODUCTS
 
 
-def backward_sm90(head_dim, value_dim, options, deterministic=False):
+def backward_sm90(head_dim, value_dim, options):
     """(tile, dims) of the sm90 family for a call, or None where the sm80 family has to take it."""
     dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
     # What leaves enough registers:
@@ -469,7 +469,7 @@ def backward_sm90(head_dim, value_dim, options, deterministic=False):
     if options & SOFTCAP:
         fits = fits and dims == (128, 128)
     if options & DROPOUT:
-        fits = fits and dims != (64, 64) and not (deterministic and dims == (256, 256))
+        fits = fits and dims != (64, 64)
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
