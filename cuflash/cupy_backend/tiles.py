@@ -13,8 +13,11 @@ import math
 # (head dim of q and k, head dim of v) that kernels exist for; a call takes the first that holds its own, and the columns it lacks read as zeros.
 HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 
+# The same for float64.
+HEAD_DIMS_FLOAT64 = ((32, 32), (64, 64), (128, 128), (192, 192), (256, 256))
+
 # As kernels/types.cuh has them.
-PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
+PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32", "float64": "FLOAT64"}
 
 # As kernels/score.cuh has them.
 OPTIONS = tuple(1 << bit for bit in range(14))
@@ -28,12 +31,22 @@ def head_dims(head_dim, value_dim, available=HEAD_DIMS):
     return next(dims for dims in available if head_dim <= dims[0] and value_dim <= dims[1])
 
 
+def head_dims_of(precision):
+    """Those of the sm80 family for a precision."""
+    return HEAD_DIMS_FLOAT64 if precision == "float64" else HEAD_DIMS
+
+
 # The same for the sm90 family.
 HEAD_DIMS_SM90 = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 def element_bytes(precision):
-    return 2 if precision in ("float16", "bfloat16") else 4
+    return {"float16": 2, "bfloat16": 2, "float64": 8}.get(precision, 4)
+
+
+def sum_bytes(precision):
+    """Of a number that kernels add up, or keep of a row."""
+    return max(4, element_bytes(precision))
 
 
 def _arguments(*values):
@@ -75,8 +88,13 @@ class ForwardTile(_TileOfQueries):
     key_tile: int
     stages: int
     blocks_per_sm: int
+    value_groups: int = 1  # warps that share their queries, each with a part of the value columns
 
     kernel = "forward_sm80"
+
+    @property
+    def query_tile(self):
+        return super().query_tile // self.value_groups
 
     def shared_bytes(self, dims, size, bias_size=0):
         """With bias_size, the bytes of an element, bias tiles are staged too."""
@@ -127,7 +145,7 @@ class BackwardTile(_Tile):
 
     def shared_bytes(self, dims, size):
         head_dim, value_dim = dims
-        stage = self.query_tile * ((head_dim + value_dim) * size + 8)
+        stage = self.query_tile * ((head_dim + value_dim) * size + 2 * max(4, size))
         return self.key_tile * (head_dim + value_dim + self.score_tiles * self.query_tile) * size + self.stages * stage
 
     def name(self, precision, dims, options, query_gradient):
@@ -166,8 +184,13 @@ class BackwardQueryTile(_TileOfQueries):
     key_tile: int
     stages: int
     blocks_per_sm: int
+    column_groups: int = 1  # warps that share their queries, each with a part of dQ's columns
 
     kernel = "backward_query_sm80"
+
+    @property
+    def query_tile(self):
+        return super().query_tile // self.column_groups
 
     def shared_bytes(self, dims, size):
         return (self.query_tile + self.stages * self.key_tile) * sum(dims) * size
@@ -213,6 +236,13 @@ FORWARD = {
         192: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
         256: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
     },
+    "float64": {
+        32: [ForwardTile(4, 1, 32, 2, 3)],
+        64: [ForwardTile(4, 1, 32, 2, 2)],
+        128: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(4, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
+        192: [ForwardTile(8, 1, 16, 2, 1, 2), ForwardTile(4, 1, 8, 2, 1, 2)],
+        256: [ForwardTile(8, 1, 8, 2, 1, 2), ForwardTile(2, 1, 8, 2, 1, 2)],
+    },
 }
 BACKWARD = {
     "16-bit": {
@@ -239,6 +269,13 @@ BACKWARD = {
         128: [BackwardTile(8, 2, 4, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
         192: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
+    },
+    "float64": {
+        32: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(8, 1, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
+        128: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 2, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 1, 8, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 8, 1, 1, 1, 1, query_gradient=False)],
     },
 }
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
@@ -350,6 +387,13 @@ BACKWARD_QUERY = {
     },
     "tf32": _QUERY_FLOAT32,
     "float32": _QUERY_FLOAT32,
+    "float64": {
+        32: [BackwardQueryTile(4, 1, 32, 2, 2)],
+        64: [BackwardQueryTile(4, 1, 16, 2, 2)],
+        128: [BackwardQueryTile(4, 1, 8, 2, 1), BackwardQueryTile(2, 1, 8, 2, 1)],
+        192: [BackwardQueryTile(4, 1, 16, 2, 1, 2), BackwardQueryTile(2, 1, 8, 2, 1, 2)],
+        256: [BackwardQueryTile(4, 1, 8, 2, 1, 2), BackwardQueryTile(2, 1, 8, 1, 1, 2)],
+    },
 }
 
 
@@ -372,6 +416,13 @@ BACKWARD_BIAS = {
     },
     "tf32": _BIAS_FLOAT32,
     "float32": _BIAS_FLOAT32,
+    "float64": {
+        32: [BackwardBiasTile(4, 1, 32, 2)],
+        64: [BackwardBiasTile(4, 1, 16, 2)],
+        128: [BackwardBiasTile(4, 1, 16, 1), BackwardBiasTile(2, 1, 16, 1)],
+        192: [BackwardBiasTile(2, 1, 16, 1), BackwardBiasTile(1, 1, 16, 1)],
+        256: [BackwardBiasTile(2, 1, 16, 1), BackwardBiasTile(1, 1, 8, 1)],
+    },
 }
 
 
@@ -451,6 +502,6 @@ def instances():
     """Every (tile, precision, dims) of the table."""
     for table in TABLES:
         for precision in PRECISIONS:
-            for dims in HEAD_DIMS:
+            for dims in head_dims_of(precision):
                 for tile in row(table, precision, dims):
                     yield tile, precision, dims
