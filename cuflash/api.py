@@ -23,7 +23,7 @@ def attention(q, k, v, *, out=None, **options):
     Parameters
     ----------
     q : array, shape ``(..., L, E)``
-        Queries: float16, bfloat16 (of ml_dtypes), float32, or, for NumPy arrays, float64. Any strides.
+        Queries: float16, bfloat16 (of ml_dtypes), float32 or float64. Any strides.
     k : array, shape ``(..., S, E)``
         Keys, of q's dtype. E is 1 to 256; L and S may be 0.
     v : array, shape ``(..., S, Ev)``
@@ -45,7 +45,7 @@ def attention(q, k, v, *, out=None, **options):
     ValueError
         Shapes and values.
     NotImplementedError
-        Complex arrays, and float64 on a GPU.
+        Complex arrays.
 
     See Also
     --------

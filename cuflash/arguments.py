@@ -64,10 +64,8 @@ def dtype_name(dtype):
 
 def supported_dtype(name, dtype, device):
     kind = dtype_name(dtype)
-    if kind in ("float32", "bfloat16", "float16") or (kind == "float64" and device is None):
+    if kind in ("float32", "bfloat16", "float16", "float64"):
         return kind
-    if kind == "float64":
-        raise NotImplementedError(f"{name} has dtype float64 on a GPU, which is not implemented yet; allowed there: float16, bfloat16, float32")
     if kind in ("complex64", "complex128"):
         raise NotImplementedError(f"{name} has dtype {kind}, which is not implemented yet; allowed: float16, bfloat16, float32, float64")
     raise TypeError(f"{name} has dtype {kind}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64")

@@ -28,7 +28,7 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
     Parameters
     ----------
     queries : array, shape ``(..., L, D)`` or ``(L,)``
-        Where to predict: float16, bfloat16, float32, or, for NumPy arrays, float64. D is 1 to 255 (253 if `dtype` is of 16 bits or with TF32).
+        Where to predict: float16, bfloat16, float32 or float64. D is 1 to 255 (253 if `dtype` is of 16 bits or with TF32).
     keys : array, shape ``(..., S, D)``, or ``(S,)`` with queries ``(L,)``
         Where the values were observed, of the same dtype. S is at least 1.
     values : array, shape ``(..., S, channels)`` or ``(S,)``
@@ -36,7 +36,7 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
     bandwidth : float or array, shape ``()`` or ``(D,)``
         Standard deviation of the kernel, in the units of queries and keys; above 0. One for each feature if an array of shape ``(D,)``.
     dtype : dtype, optional
-        Of the products; the arrays' own by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round the features.
+        Of the products; the arrays' own by default. float64 arrays are faster as ``"float32"``; 16-bit types are faster on a GPU and round the features.
     precision : str, optional
         As for `cuflash.attention`.
 
@@ -122,7 +122,7 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     Parameters
     ----------
     x : array, shape ``(..., N)``
-        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32, or, for NumPy arrays, float64.
+        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32 or float64.
     patch : int, default 63
         Samples in a patch, 1 to N. With an odd number the sample is in the middle. On a GPU 31, 63, 127 or 255 (with the norm 32 to 256 features) waste
         nothing; with 16-bit types or TF32, whose norm takes three features, 29, 61, 125 or 253. ``patch * channels`` is at most 255 (253).
@@ -133,7 +133,7 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     channel_axis : int, optional
         The axis of channels (of a three-component seismogram, say), which share their weights; the last of the other axes is time.
     dtype : dtype, optional
-        Of the products; x's own by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round the patches.
+        Of the products; x's own by default. float64 arrays are faster as ``"float32"``; 16-bit types are faster on a GPU and round the patches.
     precision : str, optional
         As for `cuflash.attention`.
     block : int, default 65536

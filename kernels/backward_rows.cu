@@ -89,10 +89,10 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
     __align__(16) Element x[PER_CHUNK];
 #pragma unroll
     for (int i = 0; i < PER_CHUNK; i += AT_ONCE) {
-      __align__(16) Real y[AT_ONCE] = {};
-      if (takes_part) *(uint4*)y = *(const uint4*)(from + column + i);
+      struct __align__(16) Piece { Real x[AT_ONCE]; };
+      const Piece y = takes_part ? *(const Piece*)(from + column + i) : Piece{};
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) from_real(x[i + j], y[j] * factors<Real>(problem).scale);
+      for (int j = 0; j < AT_ONCE; ++j) from_real(x[i + j], y.x[j] * factors<Real>(problem).scale);
     }
     if (whole) {
       *(uint4*)(to + column) = *(const uint4*)x;

@@ -27,7 +27,7 @@ if BLAS_THREADS is not None:
 
 ON_GPU = pytest.mark.gpu
 PRECISIONS = [("numpy", name) for name in ("float16", "bfloat16", "float32", "float64")]
-PRECISIONS += [("cupy", name) for name in ("float16", "bfloat16", "float32", "tf32")]
+PRECISIONS += [("cupy", name) for name in ("float16", "bfloat16", "float32", "tf32", "float64")]
 DIRTY_BYTES = 64 << 20
 
 

@@ -201,7 +201,7 @@ def test_numpy(chunk, seed):
 def test_cupy(chunk, seed):
     """2,000 examples in all: each chunk is of one precision and of as many instances of the kernels as it can compile in about a minute."""
     rng = numpy.random.default_rng(chunk)
-    precision = ("float16", "bfloat16", "float32", "tf32")[chunk % 4]
+    precision = ("float16", "bfloat16", "float32", "tf32", "float64")[chunk % 5]
     instances = []
     for _ in range(GPU_INSTANCES):
         used = tuple(name for name in NAMES if rng.random() < 0.35)

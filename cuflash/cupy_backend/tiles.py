@@ -344,6 +344,7 @@ FORWARD_WITH_OPTIONS = FORWARD | {
     },
     "tf32": FORWARD["tf32"] | {64: [ForwardTile(4, 2, 32, 2, 2)], 128: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)]},
     "float32": FORWARD["float32"] | {64: [ForwardTile(4, 2, 16, 2, 2)], 128: [ForwardTile(4, 1, 16, 2, 2)]},
+    "float64": FORWARD["float64"] | {256: [ForwardTile(8, 1, 8, 2, 1, 4), ForwardTile(2, 1, 8, 2, 1, 2)]},
 }
 BACKWARD_WITHOUT_DQ = BACKWARD | {"16-bit": BACKWARD["16-bit"] | {64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)]}}
 BACKWARD_WITH_OPTION = BACKWARD | {
@@ -367,6 +368,12 @@ BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
         128: [BackwardTile(8, 2, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
     },
     "float32": BACKWARD["float32"] | {64: [BackwardTile(8, 1, 2, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)]},
+    "float64": BACKWARD["float64"]
+    | {
+        32: [BackwardTile(4, 1, 1, 16, 2, 1, 1, 2)],
+        128: [BackwardTile(8, 1, 2, 16, 2, 1, 1, 1), BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 2, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 4, 16, 2, 1, 1, 1), BackwardTile(4, 1, 4, 16, 1, 1, 1, 1)],
+    },
 }
 _QUERY_FLOAT32 = {
     32: [BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -392,7 +399,7 @@ BACKWARD_QUERY = {
         64: [BackwardQueryTile(4, 1, 16, 2, 2)],
         128: [BackwardQueryTile(4, 1, 8, 2, 1), BackwardQueryTile(2, 1, 8, 2, 1)],
         192: [BackwardQueryTile(4, 1, 16, 2, 1, 2), BackwardQueryTile(2, 1, 8, 2, 1, 2)],
-        256: [BackwardQueryTile(4, 1, 8, 2, 1, 2), BackwardQueryTile(2, 1, 8, 1, 1, 2)],
+        256: [BackwardQueryTile(8, 1, 8, 2, 1, 4), BackwardQueryTile(2, 1, 8, 1, 1, 2)],
     },
 }
 
