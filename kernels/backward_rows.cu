@@ -89,10 +89,10 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
     __align__(16) Element x[PER_CHUNK];
 #pragma unroll
     for (int i = 0; i < PER_CHUNK; i += AT_ONCE) {
-      struct __align__(16) Piece { Real x[AT_ONCE]; };
-      const Piece y = takes_part ? *(const Piece*)(from + column + i) : Piece{};
+      __align__(16) Real y[AT_ONCE];
+      *(uint4*)y = takes_part ? *(const uint4*)(from + column + i) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) from_real(x[i + j], y.x[j] * factors<Real>(problem).scale);
+      for (int j = 0; j < AT_ONCE; ++j) from_real(x[i + j], y[j] * factors<Real>(problem).scale);
     }
     if (whole) {
       *(uint4*)(to + column) = *(const uint4*)x;

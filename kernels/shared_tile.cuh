@@ -40,12 +40,8 @@ template <typename Tile> struct LaneView {
 
 // Two neighbours in a tile, as what is computed with.
 template <typename Element, typename Real> __device__ __forceinline__ void load_shared_pair(Real (&x)[2], u32 address) {
-  if constexpr (sizeof(Element) == 8) {
+  if constexpr (sizeof(Element) >= 4) {
     load_shared(x[0], x[1], address);
-  } else if constexpr (sizeof(Element) == 4) {
-    u32 first, second;
-    load_shared(first, second, address);
-    x[0] = __uint_as_float(first), x[1] = __uint_as_float(second);
   } else {
     const u32 pair = load_shared(address);
     Element first, second;

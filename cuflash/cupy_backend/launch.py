@@ -26,7 +26,7 @@ VIEW = numpy.dtype(
     + [(name, "i4") for name in ("group", "columns", "pairs")],
     align=True,
 )
-FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")])
+FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")], align=True)
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
     + [(name, "u8") for name in WORDS]

@@ -17,7 +17,9 @@ __device__ __forceinline__ void load_shared(u32& x, u32& y, u32 address) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void load_shared(float& x, float& y, u32 address) {
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+  u32 first, second;
+  load_shared(first, second, address);
+  x = __uint_as_float(first), y = __uint_as_float(second);
 }
 __device__ __forceinline__ void load_shared(double& x, u32 address) { asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory"); }
 __device__ __forceinline__ void load_shared(double& x, double& y, u32 address) {
