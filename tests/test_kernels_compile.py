@@ -4,6 +4,7 @@ NVRTC compiles to machine code without a GPU.
 """
 
 import dataclasses
+import itertools
 import logging
 import re
 import shutil
@@ -103,9 +104,16 @@ ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.
 WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("options", [WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS])
+SETS_OF_OPTIONS = (WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "dims"),
+    [
+        *itertools.product(SETS_OF_OPTIONS, ("bfloat16", "float32"), [(64, 64), (128, 128), (192, 128)]),
+        *itertools.product((tiles.SOFTCAP, ALL_OPTIONS), ("float64",), [(64, 64), (128, 128), (256, 256)]),
+    ],
+)
 def test_instances_with_options(options, precision, dims):
     """Few of the thousands of combinations. Only backward tiles of 16 bits at 64 and 128, chosen for calls without options, keep a few registers in memory."""
     for file, names in names_of(options, "sm_90", precision, dims).items():
