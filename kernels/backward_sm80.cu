@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       // dQ += dS K: a warp takes 16 · DQ_ROW_TILES queries and DQ_COLUMNS columns over all keys of the block
       if constexpr (QUERY_GRADIENT) {
         constexpr int ROW_GROUPS = QUERY_TILE / (16 * DQ_ROW_TILES), DQ_COLUMNS = HEAD_DIM * ROW_GROUPS / WARPS;
-        constexpr int MOST = sizeof(Element) == 2 && HEAD_DIM <= 128 ? 64 : 32, CHUNK = DQ_COLUMNS % MOST == 0 ? MOST : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
+        constexpr int MOST = sizeof(Element) == 2 && HEAD_DIM <= 128 ? 64 : sizeof(Element) == 8 ? 16 : 32, CHUNK = DQ_COLUMNS % MOST == 0 ? MOST : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
         static_assert(WARPS % ROW_GROUPS == 0 && CHUNK % Tiles::COLUMNS_AT_ONCE == 0, "dQ is divided evenly among the warps");
         int thread = threadIdx.x;
         keep_here(thread);

@@ -44,6 +44,7 @@ struct Dropout {
     const u32 first_query_group = query_group(TRANSPOSED ? column : row), first_key_group = key_group(TRANSPOSED ? row : column);
     constexpr int ROWS_AT_ONCE = TRANSPOSED && ROW_TILES % 2 == 0 ? 2 : 1, PAIRS_AT_ONCE = !TRANSPOSED && COLUMNS % 32 == 0 ? 2 : 1;
     constexpr bool NARROW = COLUMNS == 8;   // half of the 16 x 16 elements are those of another fragment
+    static_assert(NARROW || COLUMNS % 16 == 0, "columns are whole sixteens, or half of one");
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m += ROWS_AT_ONCE)
 #pragma unroll
