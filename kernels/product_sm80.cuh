@@ -1,9 +1,9 @@
 // Fragments of matrix products by mma.sync: loading them from shared tiles, making them from accumulators, multiplying.
 // One step along k is 16 elements of 16 bits, or 8 of float32 or float64.
 //
-// Accumulators hold columns (2t, 2t + 1), which for 16-bit types are also one word of an A fragment; a float32 A fragment wants columns (t, t + 4).
-// The order along k is free as long as A and B agree, so float32 fragments made from accumulators, and those read against their tile's rows
-// ("transposed"), take k in the order 2t, 2t + 1. Float64 fragments are all in that order: along a tile's rows, a lane's part is then one chunk.
+// Accumulators hold columns (2t, 2t + 1), which for 16-bit types are also one word of an A fragment; a float32 or float64 A fragment wants columns
+// (t, t + 4). The order along k is free as long as A and B agree, so float32 and float64 fragments made from accumulators, and those read against their
+// tile's rows ("transposed"), take k in the order 2t, 2t + 1.
 #pragma once
 #include "ptx/mma_sm80.cuh"
 #include "shared_tile.cuh"
@@ -70,10 +70,10 @@ template <typename Tile, int BYTES = sizeof(typename Tile::Element)> struct Rows
 };
 template <typename Tile> struct RowsOfA<Tile, 8> {
   LaneView<Tile> view;
-  __device__ __forceinline__ RowsOfA(const Tile& tile, int lane) : view(tile, lane / 4, lane % 4) {}
+  __device__ __forceinline__ RowsOfA(const Tile& tile, int lane) : view(tile, lane / 4, lane / 2 % 2, lane % 2 * 8) {}
   __device__ __forceinline__ void load(double (&words)[4], int row, int step) const {
-    load_shared(words[0], words[2], view.at(row, 4 * step));
-    load_shared(words[1], words[3], view.at(row + 8, 4 * step));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_shared(words[i], view.at(row + i % 2 * 8, 4 * step + i / 2 * 2));
   }
 };
 
@@ -85,8 +85,11 @@ template <typename Tile, int BYTES = sizeof(typename Tile::Element)> struct Colu
 };
 template <typename Tile> struct ColumnsOfB<Tile, 8> {
   LaneView<Tile> view;
-  __device__ __forceinline__ ColumnsOfB(const Tile& tile, int lane) : view(tile, lane / 4, lane % 4) {}
-  __device__ __forceinline__ void load(double (&words)[2], int column, int step) const { load_shared(words[0], words[1], view.at(column, 4 * step)); }
+  __device__ __forceinline__ ColumnsOfB(const Tile& tile, int lane) : view(tile, lane / 4, lane / 2 % 2, lane % 2 * 8) {}
+  __device__ __forceinline__ void load(double (&words)[2], int column, int step) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_shared(words[i], view.at(column, 4 * step + i * 2));
+  }
 };
 
 // B fragments of neighbouring groups of 8 columns from a tile whose rows are steps of k.
@@ -147,6 +150,14 @@ template <typename Tile> struct ColumnsOfA<Tile, 8> {
 // A fragments of 16 rows of a tile along k, in the order of k that RowsOfB has.
 template <typename Tile, int BYTES = sizeof(typename Tile::Element)> struct RowsOfAForRowsOfB : RowsOfA<Tile> {
   using RowsOfA<Tile>::RowsOfA;
+};
+template <typename Tile> struct RowsOfAForRowsOfB<Tile, 8> {
+  LaneView<Tile> view;
+  __device__ __forceinline__ RowsOfAForRowsOfB(const Tile& tile, int lane) : view(tile, lane / 4, lane % 4) {}
+  __device__ __forceinline__ void load(double (&words)[4], int row, int step) const {
+    load_shared(words[0], words[2], view.at(row, 4 * step));
+    load_shared(words[1], words[3], view.at(row + 8, 4 * step));
+  }
 };
 template <typename Tile> struct RowsOfAForRowsOfB<Tile, 4> {
   LaneView<Tile> view;

@@ -1,8 +1,8 @@
 // A tile of a matrix in shared memory: rows of 16-byte chunks, swizzled so that eight consecutive rows of one chunk column (what ldmatrix reads) and
 // the transposed reads of float32 fall in different banks. Copies between device memory and tiles.
 //
-// Float64 fragments are read without ldmatrix: 4 chunks of each of two neighbouring rows at a time, or, against the rows, 2 chunks of each of four even, or
-// four odd, rows. Hence a swizzle of their own: neighbours differ in the third bit of a chunk, rows two or four apart in the upper two.
+// Float64 fragments are read without ldmatrix: at a time 2 chunks of each of four neighbouring rows, or of four even or four odd ones (against the rows), or
+// 4 chunks of each of two neighbours (in the order of accumulators). The swizzle of float64 puts each of these in different banks.
 #pragma once
 #include "ptx/shared_memory.cuh"
 
