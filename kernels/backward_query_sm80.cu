@@ -2,7 +2,7 @@
 //
 //   dQ = scale · dS K with dS = P ∘ (dO Vᵀ - D), P = exp(scores(Q Kᵀ) - lse); shapes and options as in backward_sm80.cu
 //
-// A block owns QUERY_TILE = WARPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees, as the forward kernel does;
+// A block owns QUERY_TILE = WARPS / COLUMN_GROUPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees, as the forward kernel does;
 // a warp owns its rows with all columns, so dS passes from accumulators to the A operand of dS K in registers (where rows of dQ are too wide for that,
 // COLUMN_GROUPS warps share their queries: each makes all of dS, and dQ in its own part of the columns). Two products are computed a second time
 // (they are computed for dK and dV too): that is the price of a sum without atomics and without a buffer of more than the gradient's size.

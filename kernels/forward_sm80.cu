@@ -3,7 +3,7 @@
 //   O = softmax(scores(Q Kᵀ)) V,   lse = log of the softmax denominator; what scores are, and the options of a call, is in score.cuh
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
 //
-// A block owns QUERY_TILE = WARPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees; a warp owns 16 · ROW_TILES of
+// A block owns QUERY_TILE = WARPS / VALUE_GROUPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees; a warp owns 16 · ROW_TILES of
 // the queries and all columns, so the softmax never leaves the warp. O, the row maxima and the row sums stay in registers. Where rows of O are too wide for
 // that (float64), VALUE_GROUPS warps share their queries: each makes all of the scores, and O in its own part of the columns.
 //

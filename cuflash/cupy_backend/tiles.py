@@ -3,8 +3,8 @@
 Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
 of 64 and more come from sweeps on an H200, those of 16-bit calls with options at 64 and 128 from a smaller one. Not timed against others: head dim 32, the
 pairs of unequal head dims except forward (64, 32) and (192, 128), every later tile of a row, tf32 at 96 and 192 and forward at 256, other tiles for calls
-with options, all of float64, of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward 16-bit at
-256 and backward tf32 at 128.
+with options, all of float64, BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward
+16-bit at 256 and backward tf32 at 128.
 """
 
 import dataclasses
@@ -360,6 +360,7 @@ BACKWARD_WITH_OPTION = BACKWARD | {
         128: [BackwardTile(8, 1, 2, 32, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
+    "float64": BACKWARD["float64"] | {128: [BackwardTile(8, 1, 2, 16, 2, 1, 1, 1), *BACKWARD["float64"][128][1:]]},
 }
 BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
     "16-bit": BACKWARD_WITH_OPTION["16-bit"]
@@ -371,7 +372,7 @@ BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
     "float64": BACKWARD["float64"]
     | {
         32: [BackwardTile(4, 1, 1, 16, 2, 1, 1, 2)],
-        128: [BackwardTile(8, 1, 2, 16, 2, 1, 1, 1), BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 2, 1, 1, 1)],
+        128: BACKWARD["float64"][128][1:],
         192: [BackwardTile(8, 1, 4, 16, 2, 1, 1, 1), BackwardTile(4, 1, 4, 16, 1, 1, 1, 1)],
     },
 }
