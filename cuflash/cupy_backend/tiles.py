@@ -398,7 +398,7 @@ BACKWARD_QUERY = {
     "float64": {
         32: [BackwardQueryTile(4, 1, 32, 2, 2)],
         64: [BackwardQueryTile(4, 1, 16, 2, 2)],
-        128: [BackwardQueryTile(4, 1, 8, 2, 1), BackwardQueryTile(2, 1, 8, 2, 1)],
+        128: [BackwardQueryTile(8, 1, 16, 2, 1, 2), BackwardQueryTile(4, 1, 8, 2, 1, 2)],
         192: [BackwardQueryTile(4, 1, 16, 2, 1, 2), BackwardQueryTile(2, 1, 8, 2, 1, 2)],
         256: [BackwardQueryTile(8, 1, 8, 2, 1, 4), BackwardQueryTile(2, 1, 8, 1, 1, 2)],
     },
