@@ -31,7 +31,7 @@ def _parser():
     demo.add_argument("--samples", type=int, help="length of the window around the strongest event (default: all 936,001 on a GPU, 65,536 without)")
     demo.add_argument("--snr", type=float, default=5.0, help="signal-to-noise ratio, in dB, after noise is added")
     demo.add_argument("--patch", type=int, help="samples in a patch (default: 63, or 61 where the norm takes three features: 64 features in all)")
-    demo.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the products; float64 without a GPU only")
+    demo.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the products")
     demo.add_argument("--seed", type=int, default=0, help="of the noise")
     demo.add_argument("--output", default="cuflash-demo.png", help="the plot")
 
@@ -39,7 +39,7 @@ def _parser():
     info.add_argument("--json", action="store_true", help="as JSON")
 
     warmup = commands.add_parser("warmup", help="compile kernels into CuPy's cache before they are needed", **defaults)
-    warmup.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "tf32"), default=["float16", "bfloat16", "float32"], help="dtypes")
+    warmup.add_argument("--dtype", nargs="+", choices=PRECISIONS, default=["float16", "bfloat16", "float32"], help="dtypes")
     warmup.add_argument("--head-dim", nargs="+", type=_head_dim, default=[64, 128], help="head dims, 1 to 256")
     return parser
 

@@ -27,7 +27,7 @@ def attention(q, k, v, *, out=None, **options):
     Parameters
     ----------
     q : array, shape ``(..., L, E)``
-        Queries: float16, bfloat16 (of ml_dtypes), float32, complex64, or, for NumPy arrays, float64 and complex128. Any strides.
+        Queries: float16, bfloat16 (of ml_dtypes), float32, float64, complex64 or complex128. Any strides.
     k : array, shape ``(..., S, E)``
         Keys, of q's dtype. E is 1 to 256, of complex arrays 1 to 128; L and S may be 0.
     v : array, shape ``(..., S, Ev)``
@@ -49,7 +49,7 @@ def attention(q, k, v, *, out=None, **options):
     ValueError
         Shapes and values.
     NotImplementedError
-        float64 and complex128 on a GPU.
+        Batch dimensions that lie in a GPU's memory in more than four independent ways.
 
     See Also
     --------

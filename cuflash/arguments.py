@@ -72,10 +72,8 @@ def supported_dtype(name, dtype, device):
     """The name of the dtype; of a complex one that of its parts, which is what products are made of."""
     own = dtype_name(dtype)
     kind = _PARTS.get(own, own)
-    if kind in ("float32", "bfloat16", "float16") or (kind == "float64" and device is None):
+    if kind in ("float32", "bfloat16", "float16", "float64"):
         return kind
-    if kind == "float64":
-        raise NotImplementedError(f"{name} has dtype {own} on a GPU, which is not implemented yet; allowed there: float16, bfloat16, float32, complex64")
     raise TypeError(f"{name} has dtype {own}; allowed: float16, bfloat16 (of ml_dtypes), float32, float64, complex64, complex128")
 
 

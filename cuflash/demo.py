@@ -40,8 +40,6 @@ def _run(chosen):
     if missing:
         raise _Refusal(f"needs {' and '.join(missing)}; install the extra: pip install 'cuflash[demo]'")
     xp, device = _device(chosen.device)
-    if chosen.precision == "float64" and xp is not numpy:
-        raise _Refusal("--precision float64 is for --device cpu")
     if chosen.precision == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
         raise _Refusal("--precision bfloat16 needs ml_dtypes: pip install ml_dtypes")
     patch = chosen.patch if chosen.patch is not None else (63 if chosen.precision in ("float32", "float64") else 61)

@@ -31,8 +31,8 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
     Parameters
     ----------
     queries : array, shape ``(..., L, D)`` or ``(L,)``
-        Where to predict: float16, bfloat16, float32, complex64, or, for NumPy arrays, float64 and complex128. D is 1 to 255 (253 if `dtype` is of
-        16 bits or with TF32); each complex feature counts as two.
+        Where to predict: float16, bfloat16, float32, float64, complex64 or complex128. D is 1 to 255 (253 if `dtype` is of 16 bits or with TF32); each
+        complex feature counts as two.
     keys : array, shape ``(..., S, D)``, or ``(S,)`` with queries ``(L,)``
         Where the values were observed, of the same dtype. S is at least 1.
     values : array, shape ``(..., S, channels)`` or ``(S,)``
@@ -42,8 +42,8 @@ def kernel_regression(queries, keys, values, *, bandwidth, dtype=None, precision
         Standard deviation of the kernel, of complex features that along each part, in the units of queries and keys; above 0. One for each feature if
         an array of shape ``(D,)``.
     dtype : dtype, optional
-        Real, of the products; that of the arrays or of their parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU
-        and round the features.
+        Real, of the products; that of the arrays or of their parts by default. float64 arrays are faster as ``"float32"``; 16-bit types are faster on a
+        GPU and round the features.
     precision : str, optional
         As for `cuflash.attention`.
 
@@ -130,8 +130,8 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     Parameters
     ----------
     x : array, shape ``(..., N)``
-        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32, complex64 (IQ samples, analytic signals), or,
-        for NumPy arrays, float64 and complex128.
+        One record along the last axis, or a batch of them, each on its own: float16, bfloat16, float32, float64, complex64 (IQ samples, analytic
+        signals) or complex128.
     patch : int, default 63
         Samples in a patch, 1 to N. With an odd number the sample is in the middle. On a GPU 31, 63, 127 or 255 (with the norm 32 to 256 features) waste
         nothing; with 16-bit types or TF32, whose norm takes three features, 29, 61, 125 or 253. ``patch * channels`` is at most 255 (253); complex
@@ -144,8 +144,8 @@ def nonlocal_means(x, *, patch=63, bandwidth=None, noise=None, channel_axis=None
     channel_axis : int, optional
         The axis of channels (of a three-component seismogram, say), which share their weights; the last of the other axes is time.
     dtype : dtype, optional
-        Real, of the products; that of x or of its parts by default. ``"float32"`` takes float64 CuPy arrays; 16-bit types are faster on a GPU and round
-        the patches.
+        Real, of the products; that of x or of its parts by default. float64 arrays are faster as ``"float32"``; 16-bit types are faster on a GPU and
+        round the patches.
     precision : str, optional
         As for `cuflash.attention`.
     block : int, default 65536

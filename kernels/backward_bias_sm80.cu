@@ -1,7 +1,7 @@
 // Attention backward by mma.sync and cp.async: the gradient of the bias, dBias = dS summed over whatever the bias was broadcast along, in a fixed order.
 //
 //   dS = P ∘ (dO Vᵀ - D), P = exp(scores(Q Kᵀ) - lse); shapes and options as in backward_sm80.cu
-//   dBias (splits, batch or 1, heads or 1, queries or 1, keys or 1) float32 parts that the host sums; without splits possibly the gradient itself
+//   dBias (splits, batch or 1, heads or 1, queries or 1, keys or 1) float32 (float64) parts that the host sums; without splits possibly the gradient itself
 //
 // A block owns a tile of dBias: of rows, of columns, or of both, and where the bias has one row (column) the block sums over all. It walks over the batch
 // entries and heads that share the bias, and over the tiles of queries and keys that meet in its part, adds up dS in registers as if all tiles were one,
@@ -16,7 +16,7 @@
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE> struct BackwardBiasTiles : GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE> {
   using Base = GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE>;
   static constexpr int SHARED_BYTES = Base::QUERY_BYTES + Base::KEY_BYTES;
-  static_assert(WARPS * KEY_TILE * 4 <= SHARED_BYTES, "column sums of the warps fit");
+  static_assert(WARPS * KEY_TILE * (int)sizeof(Real<PRECISION>) <= SHARED_BYTES, "column sums of the warps fit");
 };
 
 // The batch entries and heads that share one (batch, head) of the bias: where dBias has an axis the block's own index counts, elsewhere the one it walks over.
@@ -47,6 +47,7 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, in
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(const __grid_constant__ Problem problem) {
   using Tiles = BackwardBiasTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, KEY_TILE>;
   using Element = typename Tiles::Element;
+  using Real = ::Real<PRECISION>;
   using BiasElement = typename Score<PRECISION, OPTIONS>::BiasElement;
   constexpr int QUERY_TILE = Tiles::QUERY_TILE;
   extern __shared__ __align__(128) u8 shared[];
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
   if (rows && (at.tile < 0 || at.tile * QUERY_TILE >= own.queries)) return;
   if (columns && (column_tile < 0 || column_tile * KEY_TILE >= own.keys)) return;
 
-  float sum[ROW_TILES][KEY_TILE / 8][4] = {};
+  Real sum[ROW_TILES][KEY_TILE / 8][4] = {};
   const int steps = SharingPlaces::count(problem) * query_tiles;
   for (int step = split; step < steps; step += problem.splits) {
     sharing.move_to(problem, index, step / query_tiles);
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
     if (begin >= end) continue;
 
     const Score<PRECISION, OPTIONS> score(problem, place, sequence);
-    float lse[ROW_TILES][2], d[ROW_TILES][2];
+    Real lse[ROW_TILES][2], d[ROW_TILES][2];
     load_statistics(problem, lse, d, sequence.padded_row(problem, place) + first_query + warp_row + lane / 4);
     const i64 array_row = sequence.first_query + first_query;
     __syncthreads();
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-      float ds[ROW_TILES][KEY_TILE / 8][4] = {};
+      Real ds[ROW_TILES][KEY_TILE / 8][4] = {};
       gradient_of_products<PRECISION, OPTIONS, false>(problem, ds, q_tile, do_tile, k_tile, v_tile, score, visible, key_tiles.need_mask(tile),
                                                       Dropout{(u32)place.flat(problem), (u32)sequence.index}, lse, d, first_query, warp_row, first_key, lane);
 #pragma unroll
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
     }
   }
 
-  auto store = [&](int row, int column, float x) {
+  auto store = [&](int row, int column, Real x) {
     const i64 to = (rows ? own.first_query + at.tile * QUERY_TILE + row : 0) * problem.dbias.row_stride + (columns ? own.first_key + column_tile * KEY_TILE + column : 0) * problem.dbias.column_stride;
-    if (problem.partial) (first_place.rows<float>(problem.dbias) + split * problem.split_stride)[to] = x;
-    else from_float((first_place.rows<BiasElement>(problem.dbias))[to], x);
+    if (problem.partial) (first_place.rows<Real>(problem.dbias) + split * problem.split_stride)[to] = x;
+    else from_real((first_place.rows<BiasElement>(problem.dbias))[to], x);
   };
   const int row_end = own.queries - at.tile * QUERY_TILE, column_end = own.keys - column_tile * KEY_TILE;   // where there are rows and columns
   if (!columns) {   // each row's sum: over a lane's columns, then over the four lanes of a row
@@ -142,9 +143,9 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float& total = sum[m][0][2 * half];
+        Real& total = sum[m][0][2 * half];
 #pragma unroll
-        for (int n = 0; n < KEY_TILE / 8; ++n) total += (n ? sum[m][n][2 * half] : 0.0f) + sum[m][n][2 * half + 1];
+        for (int n = 0; n < KEY_TILE / 8; ++n) total += (n ? sum[m][n][2 * half] : 0) + sum[m][n][2 * half + 1];
         total += __shfl_xor_sync(0xffffffff, total, 1);
         total += __shfl_xor_sync(0xffffffff, total, 2);
       }
@@ -166,13 +167,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
     return;
   }
   // One row: each column's sum (without columns: of the row sums) over a lane's rows, the eight lanes of a column, and the warps.
-  float* warp_sums = (float*)shared;
+  Real* warp_sums = (Real*)shared;
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float total = 0.0f;
+      Real total = 0;
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m) total += sum[m][n][i] + sum[m][n][2 + i];
 #pragma unroll
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
   __syncthreads();
   const int column = threadIdx.x;
   if (column >= KEY_TILE || column >= (columns ? column_end : 1)) return;
-  float total = 0.0f;
+  Real total = 0;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) total += warp_sums[w * KEY_TILE + column];
   store(0, column, total);

@@ -2,7 +2,7 @@
 //
 //   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
-//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 where the host sums parts; backward_finish_sm90: the same of backward_sm90's sums
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of backward_sm90's sums
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
@@ -24,6 +24,7 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
 
 template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
+  using Real = ::Real<PRECISION>;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
   const RowBlock<OPTIONS> block(problem);
   const Place& place = block.place;
@@ -34,17 +35,17 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
   // Nobody waits for what is written here, and what is read is there when it is needed.
   const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if constexpr (ZERO_DQ_SUM) {
-    float4* dq_sum = (float4*)(problem.dq_sum + first * HEAD_DIM);
+    uint4* dq_sum = (uint4*)(reals<Real>(problem.dq_sum) + first * HEAD_DIM);
 #pragma unroll
-    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM / 4; i += 256) dq_sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
   }
-  float lse = -infinity(), dlse = 0.0f;
+  Real lse = -infinity(), dlse = 0;
   if (lane == 0 && exists) {
-    lse = place.rows<float>(problem.lse)[array_row * problem.lse.row_stride];
-    if (problem.dlse.data) dlse = place.rows<float>(problem.dlse)[array_row * problem.dlse.row_stride];
+    lse = place.rows<Real>(problem.lse)[array_row * problem.lse.row_stride];
+    if (problem.dlse.data) dlse = place.rows<Real>(problem.dlse)[array_row * problem.dlse.row_stride];
   }
 
-  float sum = 0.0f;
+  Real sum = 0;
   if (takes_part) {
     const Element* o = place.rows<Element>(problem.out) + array_row * problem.out.row_stride;
     const Element* dout = place.rows<Element>(problem.dout) + array_row * problem.dout.row_stride;
@@ -54,10 +55,10 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
         *(uint4*)x = *(const uint4*)(o + column);
         *(uint4*)y = *(const uint4*)(dout + column);
 #pragma unroll
-        for (int i = 0; i < PER_CHUNK; ++i) sum += to_float(x[i]) * to_float(y[i]);
+        for (int i = 0; i < PER_CHUNK; ++i) sum += to_real(x[i]) * to_real(y[i]);
       }
     } else {
-      for (int column = lane; column < problem.out.columns; column += LANES) sum += to_float(o[column]) * to_float(dout[column]);
+      for (int column = lane; column < problem.out.columns; column += LANES) sum += to_real(o[column]) * to_real(dout[column]);
     }
   }
 #pragma unroll
@@ -67,26 +68,27 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
     const i64 at = first + threadIdx.x / LANES;
     const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
     if (finite) sum -= dlse;
-    problem.row_lse[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : infinity();
-    problem.row_d[at] = sees ? sum : 0.0f;
+    reals<Real>(problem.row_lse)[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : Real(infinity());
+    reals<Real>(problem.row_d)[at] = sees ? sum : 0;
     if (ZERO_DQ_SUM && problem.row_turn) problem.row_turn[at] = 0;
-    if constexpr ((OPTIONS & SINKS) != 0) problem.row_sink[at] = finite ? expf(*place.rows<float>(problem.sinks) - lse) * sum : 0.0f;
+    if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
   }
 }
 
 template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
-  constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
+  using Real = ::Real<PRECISION>;
+  constexpr int PER_CHUNK = 16 / (int)sizeof(Element), AT_ONCE = 16 / (int)sizeof(Real);
   const RowBlock<OPTIONS> block(problem);
   const Place& place = block.place;
   const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
   if (row < 0 || row >= block.sequence.queries) return;
-  const float* from = problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded + threadIdx.x / LANES) * HEAD_DIM;
+  const Real* from = reals<Real>(problem.dq_sum) + (place.flat(problem) * problem.padded_queries + block.padded + threadIdx.x / LANES) * HEAD_DIM;
   const i64 array_row = block.sequence.first_query + row;
   const bool takes_part = row < block.sequence.seeing();   // else 0, whatever NaN of the others came by
   if (problem.partial) {
-    float* to = place.rows<float>(problem.dq) + array_row * problem.dq.row_stride;
-    for (int column = lane; column < HEAD_DIM; column += LANES) to[column] = takes_part ? from[column] * problem.scale : 0.0f;
+    Real* to = place.rows<Real>(problem.dq) + array_row * problem.dq.row_stride;
+    for (int column = lane; column < HEAD_DIM; column += LANES) to[column] = takes_part ? from[column] * factors<Real>(problem).scale : 0;
     return;
   }
   Element* to = place.rows<Element>(problem.dq) + array_row * problem.dq.row_stride;
@@ -94,9 +96,11 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS> __global__ void __launch_bou
   for (int column = lane * PER_CHUNK; column < problem.dq.columns; column += LANES * PER_CHUNK) {
     __align__(16) Element x[PER_CHUNK];
 #pragma unroll
-    for (int i = 0; i < PER_CHUNK; i += 4) {
-      const float4 y = takes_part ? *(const float4*)(from + column + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      from_float(x[i], y.x * problem.scale), from_float(x[i + 1], y.y * problem.scale), from_float(x[i + 2], y.z * problem.scale), from_float(x[i + 3], y.w * problem.scale);
+    for (int i = 0; i < PER_CHUNK; i += AT_ONCE) {
+      __align__(16) Real y[AT_ONCE];
+      *(uint4*)y = takes_part ? *(const uint4*)(from + column + i) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) from_real(x[i + j], y[j] * factors<Real>(problem).scale);
     }
     if (whole) {
       *(uint4*)(to + column) = *(const uint4*)x;

@@ -7,10 +7,11 @@
 // A block owns KEY_TILE keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share
 // the key head. The products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that a warp's rows are keys: with COLUMN_GROUPS = 1 a warp owns
 // 16 · ROW_TILES keys and all columns, and Pᵀ and dSᵀ pass from accumulators to the A operand of dV and dK in registers. With more column groups the
-// columns of each product are divided among that many warps, which halves the accumulators of wide heads, and P goes through shared memory as well.
+// columns of each product are divided among that many warps, which halves the accumulators of wide heads, and P goes through shared memory as well. Queries
+// may be too few for every column group (SCORE_GROUPS); then some of them only make dK, dV and dQ.
 // dQ sums over keys, that is over warps: dSᵀ is shared through memory, each warp multiplies its part of dQ and adds it to dq_sum in device memory.
 //
-// Shared memory:  K | V | dSᵀ  KEY_TILE x QUERY_TILE | Pᵀ (if SCORE_TILES = 2; else in the place of dSᵀ) | STAGES x (Q | dO | lse | D  float32)
+// Shared memory:  K | V | dSᵀ  KEY_TILE x QUERY_TILE | Pᵀ (if SCORE_TILES = 2; else in the place of dSᵀ) | STAGES x (Q | dO | lse | D)
 // Order of waits: a stage has arrived (cp.async.wait_group, __syncthreads; every warp is done with the stage and the scores before it), then Sᵀ, Pᵀ, dPᵀ
 // and dSᵀ, the scores into memory, __syncthreads, then what reads them. Column groups with one tile for both scores wait twice more: before dV reads Pᵀ,
 // and before dSᵀ overwrites it.
@@ -22,15 +23,17 @@
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int COLUMN_GROUPS, int QUERY_TILE, int STAGES, int SCORE_TILES> struct BackwardTiles {
   using Element = typename ElementOf<PRECISION>::type;
+  using Real = ::Real<PRECISION>;
   static constexpr int THREADS = WARPS * 32, KEY_GROUPS = WARPS / COLUMN_GROUPS, WARP_KEYS = ROW_TILES * 16, KEY_TILE = KEY_GROUPS * WARP_KEYS;
   using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
   using DO = SharedTile<Element, QUERY_TILE, VALUE_DIM>;
   using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
   using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
   using S = SharedTile<Element, KEY_TILE, QUERY_TILE>;
-  static constexpr int STATISTICS_BYTES = 2 * QUERY_TILE * 4, STAGE_BYTES = Q::BYTES + DO::BYTES + STATISTICS_BYTES;
+  static constexpr int STATISTICS_BYTES = 2 * QUERY_TILE * (int)sizeof(Real), STAGE_BYTES = Q::BYTES + DO::BYTES + STATISTICS_BYTES;
   static constexpr int SCORES = K::BYTES + V::BYTES, FIRST_STAGE = SCORES + SCORE_TILES * S::BYTES;
-  static_assert(QUERY_TILE / COLUMN_GROUPS % 16 == 0 && HEAD_DIM / COLUMN_GROUPS % 16 == 0 && VALUE_DIM / COLUMN_GROUPS % 16 == 0, "fragments come in pairs of 8 columns");
+  static constexpr int COLUMNS_AT_ONCE = 8 * B_GROUPS<Element>, SCORE_GROUPS = COLUMN_GROUPS * COLUMNS_AT_ONCE <= QUERY_TILE ? COLUMN_GROUPS : QUERY_TILE / COLUMNS_AT_ONCE;
+  static_assert(QUERY_TILE / SCORE_GROUPS % COLUMNS_AT_ONCE == 0 && HEAD_DIM / COLUMN_GROUPS % COLUMNS_AT_ONCE == 0 && VALUE_DIM / COLUMN_GROUPS % COLUMNS_AT_ONCE == 0, "fragments are whole");
   static_assert(SCORE_TILES == 1 || (SCORE_TILES == 2 && COLUMN_GROUPS > 1), "only column groups keep both Pᵀ and dSᵀ");
   static constexpr int SHARED_BYTES = FIRST_STAGE + STAGES * STAGE_BYTES;
 };
@@ -40,12 +43,14 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, in
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const __grid_constant__ Problem problem) {
   using Tiles = BackwardTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS, ROW_TILES, COLUMN_GROUPS, QUERY_TILE, STAGES, SCORE_TILES>;
   using Element = typename Tiles::Element;
-  constexpr int K_STEP = 32 / (int)sizeof(Element), KEY_TILE = Tiles::KEY_TILE;
-  constexpr int QUERY_COLUMNS = QUERY_TILE / COLUMN_GROUPS, HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_GROUPS;
+  using Real = typename Tiles::Real;
+  constexpr int KEY_TILE = Tiles::KEY_TILE;
+  constexpr int QUERY_COLUMNS = QUERY_TILE / Tiles::SCORE_GROUPS, HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_GROUPS;
   using Block = KeyBlock<OPTIONS, KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int key_row = warp % Tiles::KEY_GROUPS * Tiles::WARP_KEYS, column_group = warp / Tiles::KEY_GROUPS;
+  const int score_group = Tiles::SCORE_GROUPS < COLUMN_GROUPS ? column_group % Tiles::SCORE_GROUPS : column_group;   // of groups with the same scores the first stores them
 
   u32 base = shared_address(shared);
   auto stage_address = [&](int tile) { return base + Tiles::FIRST_STAGE + tile % STAGES * Tiles::STAGE_BYTES; };
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 
   using Exp = Exponential<PRECISION>;
   const Exp exponential(problem);
-  float dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
+  Real dk[ROW_TILES][HEAD_COLUMNS / 8][4] = {}, dv[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
 
   for (int head = 0; head < problem.heads_per_block; ++head) {
     const Block block(problem, block_index_again());
@@ -80,9 +85,10 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
         const u32 stage = stage_address(tile);
         load_tile<Tiles::THREADS>(typename Tiles::Q{stage}, q, problem.q.row_stride, queries, problem.q.columns);
         load_tile<Tiles::THREADS>(typename Tiles::DO{stage + Tiles::Q::BYTES}, dout, problem.dout.row_stride, queries, problem.dout.columns);
-        if (threadIdx.x < QUERY_TILE / 2) {   // 16 bytes each: first the lse, then D
-          const float* row = threadIdx.x < QUERY_TILE / 4 ? problem.row_lse : problem.row_d;
-          cp_async(stage + Tiles::Q::BYTES + Tiles::DO::BYTES + threadIdx.x * 16, row + first_row + tile * QUERY_TILE + threadIdx.x % (QUERY_TILE / 4) * 4, 16);
+        constexpr int PER_CHUNK = 16 / (int)sizeof(Real), CHUNKS = QUERY_TILE / PER_CHUNK;
+        if (threadIdx.x < 2 * CHUNKS) {   // 16 bytes each: first the lse, then D
+          const Real* row = reals<Real>(threadIdx.x < CHUNKS ? problem.row_lse : problem.row_d);
+          cp_async(stage + Tiles::Q::BYTES + Tiles::DO::BYTES + threadIdx.x * 16, row + first_row + tile * QUERY_TILE + threadIdx.x % CHUNKS * PER_CHUNK, 16);
         }
         q += QUERY_TILE * problem.q.row_stride;
         dout += QUERY_TILE * problem.dout.row_stride;
@@ -105,16 +111,16 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       const u32 stage = stage_address(query_tile);
       const typename Tiles::Q q_tile{stage};
       const typename Tiles::DO do_tile{stage + Tiles::Q::BYTES};
-      const u32 statistics = stage + Tiles::Q::BYTES + Tiles::DO::BYTES + (column_group * QUERY_COLUMNS + lane % 4 * 2) * 4;
+      const u32 statistics = stage + Tiles::Q::BYTES + Tiles::DO::BYTES + (score_group * QUERY_COLUMNS + lane % 4 * 2) * (int)sizeof(Real);
 
       // Sᵀ = K Qᵀ, then Pᵀ
-      float p[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
+      Real p[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
       {
         const RowsOfA<typename Tiles::K> k_rows(k_tile, lane);
         const ColumnsOfB<typename Tiles::Q> q_columns(q_tile, lane);
-        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP, false>(
-            p, [&](u32(&words)[4], int m, int k) { k_rows.load(words, key_row + m * 16, k); },
-            [&](u32(&words)[4], int column, int k) { q_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP<Element>, false>(
+            p, [&](auto& words, int m, int k) { k_rows.load(words, key_row + m * 16, k); },
+            [&](auto& words, int column, int k) { q_columns.load(words, score_group * QUERY_COLUMNS + column, k); });
       }
       auto first_key = [&] {
         int key = block.first_key;
@@ -122,17 +128,17 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
         return key;
       };
       auto lane_key = [&] { return first_key() + key_row + lane / 4; };   // the lane's first, and its first query
-      auto lane_query = [&] { return first_query + column_group * QUERY_COLUMNS + lane % 4 * 2; };
-      float derivative[ROW_TILES][QUERY_COLUMNS / 8][4];   // SOFTCAP alone
+      auto lane_query = [&] { return first_query + score_group * QUERY_COLUMNS + lane % 4 * 2; };
+      Real derivative[ROW_TILES][QUERY_COLUMNS / 8][4];   // SOFTCAP alone
       if constexpr (score.CHANGES) score.template apply<true, ROW_TILES, QUERY_COLUMNS>(problem, p, lane_key(), lane_query(), derivative);
 #pragma unroll
       for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
-        u32 lse[2];
-        load_shared(lse[0], lse[1], statistics + n * 32);
+        Real lse[2];
+        load_shared(lse[0], lse[1], statistics + n * 8 * (int)sizeof(Real));
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], __uint_as_float(lse[i % 2]));
+          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], lse[i % 2]);
       }
       // Some query does not see the first or the last key, or the last key or the last query takes no part.
       if (first_query < block.visible.query_begin(first_key() + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(first_key()))
@@ -142,30 +148,31 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
         Dropout{(u32)place.flat(problem), (u32)sequence.index}.drop<true, ROW_TILES, QUERY_COLUMNS>(
             problem, lane_key(), lane_query(), [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
 
-      float weights[ROW_TILES][QUERY_COLUMNS / 8][4];   // of dV
+      Real weights[ROW_TILES][QUERY_COLUMNS / 8][4];   // of dV
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int n = 0; n < QUERY_COLUMNS / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) weights[m][n][i] = OPTIONS & DROPOUT && p[m][n][i] < 0.0f ? 0.0f : p[m][n][i];
+          for (int i = 0; i < 4; ++i) weights[m][n][i] = OPTIONS & DROPOUT && p[m][n][i] < 0 ? 0 : p[m][n][i];
 
       // dV += Pᵀ dO, with Pᵀ from registers, or (COLUMN_GROUPS > 1) with the columns of every group from shared memory. Where memory allows a tile of its
       // own for Pᵀ, it is read together with dSᵀ, after one wait for both.
       auto store_scores = [&](const typename Tiles::S& tile, const auto& d) {
+        if (Tiles::SCORE_GROUPS < COLUMN_GROUPS && column_group >= Tiles::SCORE_GROUPS) return;
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) store_accumulators<PRECISION, QUERY_COLUMNS>(tile, key_row + m * 16, column_group * QUERY_COLUMNS, lane, d[m]);
+        for (int m = 0; m < ROW_TILES; ++m) store_accumulators<PRECISION, QUERY_COLUMNS>(tile, key_row + m * 16, score_group * QUERY_COLUMNS, lane, d[m]);
       };
-      auto load_scores = [&](u32(&words)[4], const RowsOfAForRowsOfB<typename Tiles::S>& rows, const auto& d, int m, int k) {
+      auto load_scores = [&](auto& words, const RowsOfAForRowsOfB<typename Tiles::S>& rows, const auto& d, int m, int k) {
         if constexpr (COLUMN_GROUPS > 1) rows.load(words, key_row + m * 16, k);
         else words_of_accumulators<PRECISION, QUERY_COLUMNS>(words, d[m], k);
       };
       auto add_to_dv = [&] {
         const RowsOfB<typename Tiles::DO> do_rows(do_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> p_rows(p_tile, lane);
-        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP, COLUMN_GROUPS == 1>(
-            dv, [&](u32(&words)[4], int m, int k) { load_scores(words, p_rows, weights, m, k); },
-            [&](u32(&words)[4], int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
+        accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, QUERY_TILE / K_STEP<Element>, COLUMN_GROUPS == 1>(
+            dv, [&](auto& words, int m, int k) { load_scores(words, p_rows, weights, m, k); },
+            [&](auto& words, int column, int k) { do_rows.load(words, k, column_group * VALUE_COLUMNS + column); });
       };
       if constexpr (COLUMN_GROUPS > 1) store_scores(p_tile, weights);
       if constexpr (SCORE_TILES == 1) {
@@ -183,22 +190,22 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       }
 
       // dPᵀ = V dOᵀ, then dSᵀ
-      float ds[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
+      Real ds[ROW_TILES][QUERY_COLUMNS / 8][4] = {};
       {
         const RowsOfA<typename Tiles::V> v_rows(v_tile, lane);
         const ColumnsOfB<typename Tiles::DO> do_columns(do_tile, lane);
-        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, VALUE_DIM / K_STEP, false>(
-            ds, [&](u32(&words)[4], int m, int k) { v_rows.load(words, key_row + m * 16, k); },
-            [&](u32(&words)[4], int column, int k) { do_columns.load(words, column_group * QUERY_COLUMNS + column, k); });
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, VALUE_DIM / K_STEP<Element>, false>(
+            ds, [&](auto& words, int m, int k) { v_rows.load(words, key_row + m * 16, k); },
+            [&](auto& words, int column, int k) { do_columns.load(words, score_group * QUERY_COLUMNS + column, k); });
       }
 #pragma unroll
       for (int n = 0; n < QUERY_COLUMNS / 8; ++n) {
-        u32 d[2];
-        load_shared(d[0], d[1], statistics + QUERY_TILE * 4 + n * 32);
+        Real d[2];
+        load_shared(d[0], d[1], statistics + (QUERY_TILE + n * 8) * (int)sizeof(Real));
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) ds[m][n][i] = gradient_of_score<OPTIONS>(problem, p[m][n][i], ds[m][n][i], __uint_as_float(d[i % 2]));
+          for (int i = 0; i < 4; ++i) ds[m][n][i] = gradient_of_score<OPTIONS>(problem, p[m][n][i], ds[m][n][i], d[i % 2]);
       }
       if constexpr (COLUMN_GROUPS > 1 && SCORE_TILES == 1) __syncthreads();   // every warp has read Pᵀ
       if constexpr (COLUMN_GROUPS > 1 || QUERY_GRADIENT) {
@@ -211,16 +218,16 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfB<typename Tiles::Q> q_rows(q_tile, lane);
         const RowsOfAForRowsOfB<typename Tiles::S> ds_rows(ds_tile, lane);
-        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP, COLUMN_GROUPS == 1>(
-            dk, [&](u32(&words)[4], int m, int k) { load_scores(words, ds_rows, ds, m, k); },
-            [&](u32(&words)[4], int column, int k) { q_rows.load(words, k, column_group * HEAD_COLUMNS + column); });
+        accumulate<PRECISION, ROW_TILES, HEAD_COLUMNS, QUERY_TILE / K_STEP<Element>, COLUMN_GROUPS == 1>(
+            dk, [&](auto& words, int m, int k) { load_scores(words, ds_rows, ds, m, k); },
+            [&](auto& words, int column, int k) { q_rows.load(words, k, column_group * HEAD_COLUMNS + column); });
       }
 
       // dQ += dS K: a warp takes 16 · DQ_ROW_TILES queries and DQ_COLUMNS columns over all keys of the block
       if constexpr (QUERY_GRADIENT) {
         constexpr int ROW_GROUPS = QUERY_TILE / (16 * DQ_ROW_TILES), DQ_COLUMNS = HEAD_DIM * ROW_GROUPS / WARPS;
-        constexpr int MOST = sizeof(Element) == 2 && HEAD_DIM <= 128 ? 64 : 32, CHUNK = DQ_COLUMNS % MOST == 0 ? MOST : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
-        static_assert(WARPS % ROW_GROUPS == 0 && CHUNK % 16 == 0, "dQ is divided evenly among the warps");
+        constexpr int MOST = sizeof(Element) == 2 && HEAD_DIM <= 128 ? 64 : sizeof(Element) == 8 ? 16 : 32, CHUNK = DQ_COLUMNS % MOST == 0 ? MOST : DQ_COLUMNS;   // as many columns at a time as find registers beside dK and dV
+        static_assert(WARPS % ROW_GROUPS == 0 && CHUNK % Tiles::COLUMNS_AT_ONCE == 0, "dQ is divided evenly among the warps");
         int thread = threadIdx.x;
         keep_here(thread);
         const int row = thread / 32 % ROW_GROUPS * 16 * DQ_ROW_TILES, first_column = thread / 32 / ROW_GROUPS * DQ_COLUMNS;
@@ -230,11 +237,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 #pragma unroll
         for (int chunk = 0; chunk < DQ_COLUMNS; chunk += CHUNK) {
           const int column = first_column + chunk;
-          float dq[DQ_ROW_TILES][CHUNK / 8][4] = {};
-          accumulate<PRECISION, DQ_ROW_TILES, CHUNK, KEY_TILE / K_STEP, false>(
-              dq, [&](u32(&words)[4], int m, int k) { ds_columns.load(words, k, row + m * 16); },
-              [&](u32(&words)[4], int n, int k) { k_rows.load(words, k, column + n); });
-          float* target = problem.dq_sum + (first_row + first_query + row + thread % 32 / 4) * HEAD_DIM + column + thread % 4 * 2;
+          Real dq[DQ_ROW_TILES][CHUNK / 8][4] = {};
+          accumulate<PRECISION, DQ_ROW_TILES, CHUNK, KEY_TILE / K_STEP<Element>, false>(
+              dq, [&](auto& words, int m, int k) { ds_columns.load(words, k, row + m * 16); },
+              [&](auto& words, int n, int k) { k_rows.load(words, k, column + n); });
+          Real* target = reals<Real>(problem.dq_sum) + (first_row + first_query + row + thread % 32 / 4) * HEAD_DIM + column + thread % 4 * 2;
 #pragma unroll
           for (int m = 0; m < DQ_ROW_TILES; ++m)
 #pragma unroll
@@ -260,16 +267,16 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       for (int half = 0; half < 2; ++half) {
         if (block.first_key + key_row + m * 16 + half * 8 + lane / 4 < block.sequence.seen()) continue;
 #pragma unroll
-        for (int n = 0; n < HEAD_COLUMNS / 8; ++n) dk[m][n][2 * half] = dk[m][n][2 * half + 1] = 0.0f;
+        for (int n = 0; n < HEAD_COLUMNS / 8; ++n) dk[m][n][2 * half] = dk[m][n][2 * half + 1] = 0;
 #pragma unroll
-        for (int n = 0; n < VALUE_COLUMNS / 8; ++n) dv[m][n][2 * half] = dv[m][n][2 * half + 1] = 0.0f;
+        for (int n = 0; n < VALUE_COLUMNS / 8; ++n) dv[m][n][2 * half] = dv[m][n][2 * half + 1] = 0;
       }
   }
   const int first_row = block.sequence.first_key + block.first_key, end_row = block.sequence.first_key + block.sequence.keys;
   Place target = block.place;
   if (problem.partial) target.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
-  store_gradient<PRECISION, ROW_TILES, HEAD_COLUMNS, Tiles::THREADS>(problem, problem.dk, target, typename Tiles::K{base}, dk, problem.scale, key_row,
+  store_gradient<PRECISION, ROW_TILES, HEAD_COLUMNS, Tiles::THREADS>(problem, problem.dk, target, typename Tiles::K{base}, dk, factors<Real>(problem).scale, key_row,
                                                                      column_group * HEAD_COLUMNS, first_row, end_row, lane);
-  store_gradient<PRECISION, ROW_TILES, VALUE_COLUMNS, Tiles::THREADS>(problem, problem.dv, target, typename Tiles::V{base + Tiles::K::BYTES}, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, key_row,
+  store_gradient<PRECISION, ROW_TILES, VALUE_COLUMNS, Tiles::THREADS>(problem, problem.dv, target, typename Tiles::V{base + Tiles::K::BYTES}, dv, OPTIONS & DROPOUT ? factors<Real>(problem).keep_inverse : Real(1), key_row,
                                                                       column_group * VALUE_COLUMNS, first_row, end_row, lane);
 }

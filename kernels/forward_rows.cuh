@@ -7,22 +7,23 @@
 // `row`: the lane's first, of its sequence, of which `seeing` take part.
 template <int OPTIONS, int PRECISION, typename Softmax, int COUNT>
 __device__ __forceinline__ void finish_rows(const Problem& problem, const Place& place, const Softmax& softmax, const Exponential<PRECISION>& exponential, int row, int seeing,
-                                            float (&output)[COUNT][4], float (&lse)[2]) {
-  float inverse[2];
+                                            Real<PRECISION> (&output)[COUNT][4], Real<PRECISION> (&lse)[2]) {
+  using Real = ::Real<PRECISION>;
+  Real inverse[2];
   softmax.finish(exponential, inverse, lse);
   if constexpr ((OPTIONS & SINKS) != 0) {
-    const float sink = *place.rows<float>(problem.sinks);
+    const Real sink = *place.rows<Real>(problem.sinks);
 #pragma unroll
     for (int half = 0; half < 2; ++half)   // not rounded by a change of units and back
-      if (softmax.shift[half] == exponential.shift_of_lse(sink) && sink != -infinity()) lse[half] = sink - logf(inverse[half]);
+      if (softmax.shift[half] == exponential.shift_of_lse(sink) && sink != -infinity()) lse[half] = sink - log(inverse[half]);
   }
   if constexpr ((OPTIONS & (LENGTHS | DROPOUT)) != 0) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (OPTIONS & DROPOUT) inverse[half] *= problem.keep_inverse;
+      if (OPTIONS & DROPOUT) inverse[half] *= factors<Real>(problem).keep_inverse;
       if (row + half * 8 < seeing) continue;
       // A query that takes no part sees nothing, not even a NaN of the others.
-      lse[half] = OPTIONS & SINKS ? *place.rows<float>(problem.sinks) : -infinity();
+      lse[half] = OPTIONS & SINKS ? *place.rows<Real>(problem.sinks) : Real(-infinity());
 #pragma unroll
       for (int n = 0; n < COUNT; ++n) output[n][2 * half] = output[n][2 * half + 1] = 0.0f;
       inverse[half] = 0.0f;

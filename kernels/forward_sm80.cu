@@ -3,8 +3,9 @@
 //   O = softmax(scores(Q Kᵀ)) V,   lse = log of the softmax denominator; what scores are, and the options of a call, is in score.cuh
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
 //
-// A block owns QUERY_TILE = WARPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees; a warp owns 16 · ROW_TILES of
-// the queries and all columns, so the softmax never leaves the warp. O, the row maxima and the row sums stay in registers.
+// A block owns QUERY_TILE = WARPS / VALUE_GROUPS · 16 · ROW_TILES queries of one head and walks over the key tiles that any of them sees; a warp owns 16 · ROW_TILES of
+// the queries and all columns, so the softmax never leaves the warp. O, the row maxima and the row sums stay in registers. Where rows of O are too wide for
+// that (float64), VALUE_GROUPS warps share their queries: each makes all of the scores, and O in its own part of the columns.
 //
 // Shared memory:  Q tile  QUERY_TILE x HEAD_DIM | STAGES x (K tile  KEY_TILE x HEAD_DIM | V tile  KEY_TILE x VALUE_DIM | STAGED_BIAS: QUERY_TILE x KEY_TILE);
 // O is staged over all of it at the end.
@@ -12,9 +13,9 @@
 // then the copies of the tile STAGES - 1 ahead are issued into that freed stage, and only then does the arithmetic on this stage begin.
 #include "forward_rows.cuh"
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES> struct ForwardTiles {
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int VALUE_GROUPS = 1> struct ForwardTiles {
   using Element = typename ElementOf<PRECISION>::type;
-  static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROW_TILES * 16, QUERY_TILE = WARPS * WARP_ROWS;
+  static constexpr int THREADS = WARPS * 32, WARP_ROWS = ROW_TILES * 16, ROW_GROUPS = WARPS / VALUE_GROUPS, QUERY_TILE = ROW_GROUPS * WARP_ROWS;
   using Q = SharedTile<Element, QUERY_TILE, HEAD_DIM>;
   using K = SharedTile<Element, KEY_TILE, HEAD_DIM>;
   using V = SharedTile<Element, KEY_TILE, VALUE_DIM>;
@@ -25,15 +26,17 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, in
   static_assert(O::BYTES <= SHARED_BYTES, "the output is staged in shared memory");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int BLOCKS_PER_SM>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int BLOCKS_PER_SM, int VALUE_GROUPS = 1>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const __grid_constant__ Problem problem) {
-  using Tiles = ForwardTiles<PRECISION, HEAD_DIM, VALUE_DIM, OPTIONS, WARPS, ROW_TILES, KEY_TILE, STAGES>;
+  using Tiles = ForwardTiles<PRECISION, HEAD_DIM, VALUE_DIM, OPTIONS, WARPS, ROW_TILES, KEY_TILE, STAGES, VALUE_GROUPS>;
   using Element = typename Tiles::Element;
-  constexpr int K_STEP = 32 / (int)sizeof(Element);
+  using Real = ::Real<PRECISION>;
+  constexpr int VALUE_COLUMNS = VALUE_DIM / VALUE_GROUPS;
   extern __shared__ __align__(128) u8 shared[];
   int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  if constexpr (sizeof(Element) == 4) {
+  const int warp = VALUE_GROUPS > 1 ? threadIdx.x / 32 % Tiles::ROW_GROUPS : threadIdx.x / 32;   // of those with the same columns of O
+  const int first_column = VALUE_GROUPS > 1 ? threadIdx.x / 32 / Tiles::ROW_GROUPS * VALUE_COLUMNS : 0;
+  if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
     if (problem.tile_counter && !problem.tile_counter[1]) return;   // the sm90 family has made it (float32_parts.cu)
   }
 
@@ -71,11 +74,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 
   using Exp = Exponential<PRECISION>;
   const Exp exponential(problem);
-  float output[ROW_TILES][VALUE_DIM / 8][4] = {};
-  OnlineSoftmax<KEY_TILE> softmax[ROW_TILES];
+  Real output[ROW_TILES][VALUE_COLUMNS / 8][4] = {};
+  OnlineSoftmax<KEY_TILE, Real> softmax[ROW_TILES];
   if constexpr ((OPTIONS & SINKS) != 0) {
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) softmax[m].start(Exp::shift_of_lse(*place.rows<float>(problem.sinks)), lane);
+    for (int m = 0; m < ROW_TILES; ++m) softmax[m].start(Exp::shift_of_lse(*place.rows<Real>(problem.sinks)), lane);
   }
 
   for (int tile = key_tiles.begin; tile < key_tiles.end; ++tile) {
@@ -87,12 +90,12 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
     const RowsOfA<typename Tiles::Q> q_rows(typename Tiles::Q{base}, lane);
 
     // S = Q Kᵀ
-    float scores[ROW_TILES][KEY_TILE / 8][4] = {};
+    Real scores[ROW_TILES][KEY_TILE / 8][4] = {};
     const ColumnsOfB<typename Tiles::K> k_columns(k_tile(tile % STAGES), lane);
-    accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_DIM / K_STEP, false>(
+    accumulate<PRECISION, ROW_TILES, KEY_TILE, HEAD_DIM / K_STEP<Element>, false>(
         scores,
-        [&](u32(&words)[4], int m, int step) { q_rows.load(words, warp * Tiles::WARP_ROWS + m * 16, step); },
-        [&](u32(&words)[4], int column, int step) { k_columns.load(words, column, step); });
+        [&](auto& words, int m, int step) { q_rows.load(words, warp * Tiles::WARP_ROWS + m * 16, step); },
+        [&](auto& words, int column, int step) { k_columns.load(words, column, step); });
 
     auto lane_row = [&] {   // the first of the lane's
       int first_row = block.first_query;
@@ -110,10 +113,10 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int n = 0; n < KEY_TILE / 8; ++n) {
-              float x[2];
+              Real x[2];
               load_shared_pair<typename Tiles::Bias::Element>(x, view.at(warp * Tiles::WARP_ROWS + m * 16 + half * 8, n * 8 / PER_CHUNK));
 #pragma unroll
-              for (int i = 0; i < 2; ++i) scores[m][n][2 * half + i] = fmaf(x[i], problem.inverse_unit, scores[m][n][2 * half + i]);
+              for (int i = 0; i < 2; ++i) scores[m][n][2 * half + i] = fma(x[i], factors<Real>(problem).inverse_unit, scores[m][n][2 * half + i]);
             }
       };
       score.template apply<false, ROW_TILES, KEY_TILE>(problem, scores, lane_row(), lane_column, add_bias, nullptr);
@@ -124,19 +127,19 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
-      softmax[m].step(scores[m], exponential, [&](int row, float ratio) {
+      softmax[m].step(scores[m], exponential, [&](int row, Real ratio) {
 #pragma unroll
-        for (int n = 0; n < VALUE_DIM / 8; ++n) output[m][n][2 * row] *= ratio, output[m][n][2 * row + 1] *= ratio;
+        for (int n = 0; n < VALUE_COLUMNS / 8; ++n) output[m][n][2 * row] *= ratio, output[m][n][2 * row + 1] *= ratio;
       });
 
     if constexpr ((OPTIONS & DROPOUT) != 0)
-      Dropout{block.schedule.place, (u32)sequence.index}.drop<false, ROW_TILES, KEY_TILE>(problem, lane_row(), lane_column, [&](int m, int n, int half, int i) { scores[m][n][2 * half + i] = 0.0f; });
+      Dropout{block.schedule.place, (u32)sequence.index}.drop<false, ROW_TILES, KEY_TILE>(problem, lane_row(), lane_column, [&](int m, int n, int half, int i) { scores[m][n][2 * half + i] = 0; });
 
     // O += P V, with P straight from the accumulators of S
     const RowsOfB<typename Tiles::V> v_rows(v_tile(tile % STAGES), lane);
-    accumulate<PRECISION, ROW_TILES, VALUE_DIM, KEY_TILE / K_STEP, true, (OPTIONS & LONG_SUMS) != 0>(
-        output, [&](u32(&words)[4], int m, int step) { words_of_accumulators<PRECISION, KEY_TILE>(words, scores[m], step); },
-        [&](u32(&words)[4], int column, int step) { v_rows.load(words, step, column); });
+    accumulate<PRECISION, ROW_TILES, VALUE_COLUMNS, KEY_TILE / K_STEP<Element>, true, (OPTIONS & LONG_SUMS) != 0>(
+        output, [&](auto& words, int m, int step) { words_of_accumulators<PRECISION, KEY_TILE>(words, scores[m], step); },
+        [&](auto& words, int column, int step) { v_rows.load(words, step, first_column + column); });
   }
 
   // O / row sum goes through shared memory, so that rows leave in 16-byte pieces.
@@ -150,16 +153,18 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
     const int row = warp * Tiles::WARP_ROWS + m * 16;
-    float lse[2];
+    Real lse[2];
     finish_rows<OPTIONS>(problem, target, softmax[m], exponential, again.first_query + row + lane / 4, again.sequence.seeing(), output[m], lse);
-    store_accumulators<PRECISION, VALUE_DIM>(o_tile, row, 0, lane, output[m]);
+    store_accumulators<PRECISION, VALUE_COLUMNS>(o_tile, row, first_column, lane, output[m]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + half * 8 + lane / 4;
-      if (lane % 4 == 0 && at < rows) target.rows<float>(problem.lse)[(first_row + at) * problem.lse.row_stride] = lse[half];
+      if (lane % 4 == 0 && at < rows) target.rows<Real>(problem.lse)[(first_row + at) * problem.lse.row_stride] = lse[half];
     }
   }
-  __syncwarp();
+  if constexpr (VALUE_GROUPS > 1) __syncthreads();
+  else __syncwarp();
   Element* out = target.rows<Element>(problem.out) + first_row * problem.out.row_stride;
-  store_rows<32, Tiles::WARP_ROWS>(o_tile, warp * Tiles::WARP_ROWS, lane, out, problem.out.row_stride, rows, problem.out.columns);
+  if constexpr (VALUE_GROUPS > 1) store_rows<Tiles::THREADS, Tiles::QUERY_TILE>(o_tile, 0, threadIdx.x, out, problem.out.row_stride, rows, problem.out.columns);
+  else store_rows<32, Tiles::WARP_ROWS>(o_tile, warp * Tiles::WARP_ROWS, lane, out, problem.out.row_stride, rows, problem.out.columns);
 }

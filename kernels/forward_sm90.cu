@@ -84,7 +84,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  OnlineSoftmax<KEY_TILE, BASED, PARTS == 2> softmax;
+  OnlineSoftmax<KEY_TILE, float, BASED, PARTS == 2> softmax;
   // PARTS: what P V of a tile adds up to on its own, for O is in other units and summed in round-to-nearest; the low parts of P, and the powers of two that
   // turn products of parts into those of numbers.
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
-    softmax = OnlineSoftmax<KEY_TILE, BASED, PARTS == 2>();
+    softmax = OnlineSoftmax<KEY_TILE, float, BASED, PARTS == 2>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
     // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end); the others it only lets pass.

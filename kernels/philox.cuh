@@ -36,17 +36,19 @@ struct Dropout {
   }
 
   // f(m, n, half, i) for every dropped element of a lane's fragments d[m][n][2 · half + i]. Rows are queries (or keys if TRANSPOSED), `row` and `column`
-  // the lane's first ones; row a multiple of 16 · ROW_TILES plus less than 8, column a multiple of 16 plus less than 8.
+  // the lane's first ones; row a multiple of 16 · ROW_TILES plus less than 8, column a multiple of 16 (of 8, if COLUMNS is 8) plus less than 8.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename Drop>
   __device__ __forceinline__ void drop(const Problem& problem, int row, int column, Drop f) const {
     // 16 x 16 elements at a time take two words of a call; where the 32 keys of a group lie in one fragment, its next 16 take the two others.
     keep_here(row), keep_here(column);
     const u32 first_query_group = query_group(TRANSPOSED ? column : row), first_key_group = key_group(TRANSPOSED ? row : column);
     constexpr int ROWS_AT_ONCE = TRANSPOSED && ROW_TILES % 2 == 0 ? 2 : 1, PAIRS_AT_ONCE = !TRANSPOSED && COLUMNS % 32 == 0 ? 2 : 1;
+    constexpr bool NARROW = COLUMNS == 8;   // half of the 16 x 16 elements are those of another fragment
+    static_assert(NARROW || COLUMNS % 16 == 0, "columns are whole sixteens, or half of one");
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m += ROWS_AT_ONCE)
 #pragma unroll
-      for (int pair = 0; pair < COLUMNS / 16; pair += PAIRS_AT_ONCE)
+      for (int pair = 0; pair < ceil_div(COLUMNS, 16); pair += PAIRS_AT_ONCE)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int key_step = (TRANSPOSED ? m : pair) * 16, query_step = (TRANSPOSED ? pair : m) * 16, key = (TRANSPOSED ? row : column) + key_step;
@@ -60,10 +62,10 @@ struct Dropout {
               const u32 word = ROWS_AT_ONCE * PAIRS_AT_ONCE == 2 ? w[a * 2 + more] : (second ? w[a * 2 + 1] : w[a * 2]);
 #pragma unroll
               for (int b = 0; b < 2; ++b) {   // the key's
-                const bool kept = keeps(word, b, problem.keep_threshold);
-                if (!kept) {
-                  if constexpr (TRANSPOSED) f(m + more, pair * 2 + a, b, i);
-                  else f(m, (pair + more) * 2 + b, a, i);
+                const bool kept = keeps(word, b, problem.keep_threshold), elsewhere = NARROW && (TRANSPOSED ? a : b) != column / 8 % 2;
+                if (!kept && !elsewhere) {
+                  if constexpr (TRANSPOSED) f(m + more, NARROW ? 0 : pair * 2 + a, b, i);
+                  else f(m, NARROW ? 0 : (pair + more) * 2 + b, a, i);
                 }
               }
             }

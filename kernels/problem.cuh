@@ -17,17 +17,23 @@ struct Array {
   int pairs;     // mask and bias: whether two neighbouring columns, the first of them even, can be read as one
 };
 
+// The factors of a call, where it is FLOAT64; elsewhere those of Problem.
+struct Factors {
+  double keep_inverse, scale, score_unit, inverse_unit, softcap_scale;
+};
+
 struct Problem {
   Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk and dv are the parts of q, k and v
   Array lse, dlse;                        // one column; the row stride steps from query to query
   Array mask, bias, dbias;                // (.., queries, keys); mask in bytes
-  Array alibi_slopes, sinks;              // one float32 for each head
+  Array alibi_slopes, sinks;              // one number for each head
   Array q_lengths, kv_lengths, offsets;   // one 64-bit integer for each batch entry; `offset` for all where offsets is null
+  // What kernels add up and keep is float32, and float64 with FLOAT64, also where a pointer's type does not say so (reals).
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, how many key blocks have added to its dQ, or null
-  float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel) float32, what the key blocks add up
+  float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Behind it, for float32: whether parts will not do
@@ -50,7 +56,7 @@ struct Problem {
   int aligned_ends;             // the offset of a sequence is its keys minus its queries
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
-  int partial;                  // backward: dq, dk and dv are float32 parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
+  int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
   int batches_together;         // STAGED_BIAS in forward_sm90: how many batch entries share a bias, if their tiles should follow each other
   u32 keep_threshold;           // dropout: 65536 times the probability to keep, in the high half of the word
@@ -60,7 +66,15 @@ struct Problem {
   float score_unit_log2;        // the same / ln 2: scores become exponents of 2
   float inverse_unit;           // 1 / score_unit
   float softcap_scale;          // scale / softcap
+  Factors float64;
 };
+
+template <typename Real> __device__ __forceinline__ const auto& factors(const Problem& problem) {
+  if constexpr (sizeof(Real) == 8) return problem.float64;
+  else return problem;
+}
+
+template <typename Real> __device__ __forceinline__ Real* reals(float* data) { return (Real*)data; }
 
 // Which tile of which (batch, head) a block works on. Heads go in sweeps; within a sweep all first tiles come first, so that blocks which run at the same
 // time share keys and values in L2 and the longest tiles can start first.

@@ -1,6 +1,7 @@
 // What happens to one score between the product q·k and the softmax: which pairs see each other, and what scale, softcap, bias, ALiBi and mask make of
 // it. Every kernel takes its scores through here. An option that a call does not use is compiled out (OPTIONS is a template parameter).
 #pragma once
+#include "exponential_float64.cuh"
 #include "philox.cuh"
 
 enum Option {
@@ -113,7 +114,8 @@ template <int OPTIONS> struct Visible {
 
   // Elements of a lane's fragments of scores that a query does not see become `hidden`; row and column are the lane's first ones. Rows are queries, or keys
   // if TRANSPOSED.
-  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void hide(float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float hidden) const {
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename Real>
+  __device__ __forceinline__ void hide(Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float hidden) const {
     constexpr bool BEGINS = TRANSPOSED || (OPTIONS & WINDOW) != 0;   // else what a row sees starts at 0
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
@@ -170,40 +172,53 @@ template <int OPTIONS, int TILE> struct QueryBlock {
 
 // P = exp(factor · x - shift), where a row's shift is its maximum, or its lse. x is what Score makes of a product; bias and ALiBi are added to it in its
 // own unit, which saves a multiplication. The 16-bit and tf32 kernels work in exponents of 2, one more multiplication less, with shifts in units of ln 2.
-// FLOAT32 keeps natural units: then a shift is never rounded by a factor, and P errs by an exponent near 0, not by a shift that may be large.
+// FLOAT32 and FLOAT64 keep natural units: then a shift is never rounded by a factor, and P errs by an exponent near 0, not by a shift that may be large.
 template <int PRECISION> struct Exponential {
-  static constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.69314718055994531f, UNIT = PRECISION == FLOAT32 ? 1.0f : LOG2_E;
+  static constexpr bool NATURAL = PRECISION == FLOAT32;
+  static constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.69314718055994531f, UNIT = NATURAL ? 1.0f : LOG2_E;
   float factor;   // positive: from scores to exponents
 
-  __device__ __forceinline__ Exponential(const Problem& problem) : factor(PRECISION == FLOAT32 ? problem.score_unit : problem.score_unit_log2) {}
+  __device__ __forceinline__ Exponential(const Problem& problem) : factor(NATURAL ? problem.score_unit : problem.score_unit_log2) {}
 
-  static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(PRECISION == FLOAT32 ? exponent * LOG2_E : exponent); }
+  static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(NATURAL ? exponent * LOG2_E : exponent); }
   __device__ __forceinline__ float operator()(float score, float shift) const { return of(fmaf(score, factor, -shift)); }
 
   static __device__ __forceinline__ float shift_of_lse(float lse) { return lse * UNIT; }
-  static __device__ __forceinline__ float lse(float shift, float sum) { return (PRECISION == FLOAT32 ? shift : shift * LN_2) + logf(sum); }
+  static __device__ __forceinline__ float lse(float shift, float sum) { return (NATURAL ? shift : shift * LN_2) + logf(sum); }
+};
+template <> struct Exponential<FLOAT64> {
+  double factor;
+
+  __device__ __forceinline__ Exponential(const Problem& problem) : factor(problem.float64.score_unit) {}
+
+  static __device__ __forceinline__ double of(double exponent) { return exp_float64(exponent); }
+  __device__ __forceinline__ double operator()(double score, double shift) const { return of(fma(score, factor, -shift)); }
+
+  static __device__ __forceinline__ double shift_of_lse(double lse) { return lse; }
+  static __device__ __forceinline__ double lse(double shift, double sum) { return shift + log(sum); }
 };
 
 // dS = P ∘ (dP - D) of one pair. A probability that was dropped carries a minus sign: its dP is 0.
-template <int OPTIONS> __device__ __forceinline__ float gradient_of_score(const Problem& problem, float p, float dp, float d) {
-  if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0.0f ? d : fmaf(dp, problem.keep_inverse, -d));
+template <int OPTIONS, typename Real> __device__ __forceinline__ Real gradient_of_score(const Problem& problem, Real p, Real dp, Real d) {
+  if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0 ? d : fma(dp, factors<Real>(problem).keep_inverse, -d));
   return p * (dp - d);
 }
 
 // What bias, mask and slope a block's scores get. Rows are queries and columns keys of its sequence; in fragments of transposed scores it is the other way.
 template <int PRECISION, int OPTIONS> struct Score {
+  using Real = ::Real<PRECISION>;
   using BiasElement = typename ElementOf<(OPTIONS & BIAS_FLOAT32) != 0 ? (int)FLOAT32 : PRECISION>::type;
   static constexpr bool CHANGES = (OPTIONS & (SCALE_FIRST | SOFTCAP | BIAS | MASK | ALIBI)) != 0;
   const BiasElement* bias;
   const u8* mask;
-  float slope;
+  Real slope;
   i64 offset;
   int queries, keys;
 
   __device__ __forceinline__ Score(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) : queries(sequence.queries), keys(sequence.keys) {
     if constexpr ((OPTIONS & BIAS) != 0) bias = first_of<BiasElement>(problem.bias, place, sequence);
     if constexpr ((OPTIONS & MASK) != 0) mask = first_of<u8>(problem.mask, place, sequence);
-    if constexpr ((OPTIONS & ALIBI) != 0) slope = *place.rows<float>(problem.alibi_slopes) * problem.inverse_unit, offset = sequence.offset(problem, place);
+    if constexpr ((OPTIONS & ALIBI) != 0) slope = *place.rows<Real>(problem.alibi_slopes) * factors<Real>(problem).inverse_unit, offset = sequence.offset(problem, place);
   }
   template <typename Element> static __device__ __forceinline__ const Element* first_of(const Array& array, const Place& place, const Sequence<OPTIONS>& sequence) {
     return place.rows<Element>(array) + sequence.first_query * array.row_stride + sequence.first_key * array.column_stride;
@@ -212,26 +227,26 @@ template <int PRECISION, int OPTIONS> struct Score {
   // Products become scores, in place, in units of problem.score_unit: `scale`, or the softcap, or 1 (SCALE_FIRST). `row` and `column` are the lane's first
   // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written).
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS>
-  __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, float (*derivative)[COLUMNS / 8][4] = nullptr) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr) const {
     apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, [&](int row, int column) { add_bias<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column); }, derivative);
   }
-  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void add_bias(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column) const {
-    with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fmaf(to_float(x), problem.inverse_unit, d[m][n][i]); });
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void add_bias(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column) const {
+    with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fma(to_real(x), factors<Real>(problem).inverse_unit, d[m][n][i]); });
   }
 
   // The same with another way to add the bias. `base`, if not null, of 16 rows: what is then to be added to all scores of each of the lane's two.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
-  __device__ __forceinline__ void apply(const Problem& problem, float (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, float (*derivative)[COLUMNS / 8][4], float* base = nullptr) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], Real* base = nullptr) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);
     if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m) {
-        hyperbolic_tangents<PRECISION>(d[m], problem.softcap_scale);
+        hyperbolic_tangents<PRECISION>(d[m], factors<Real>(problem).softcap_scale);
         if (derivative) {
 #pragma unroll
           for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) derivative[m][n][i] = fmaf(-d[m][n][i], d[m][n][i], 1.0f);
+            for (int i = 0; i < 4; ++i) derivative[m][n][i] = fma(-d[m][n][i], d[m][n][i], Real(1));
         }
       }
     } else if constexpr ((OPTIONS & SCALE_FIRST) != 0) {
@@ -240,23 +255,23 @@ template <int PRECISION, int OPTIONS> struct Score {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) d[m][n][i] *= problem.scale;
+          for (int i = 0; i < 4; ++i) d[m][n][i] *= factors<Real>(problem).scale;
     }
     if constexpr ((OPTIONS & BIAS) != 0) add_bias(row, column);
     if constexpr ((OPTIONS & ALIBI) != 0) {
       if (base) {   // of a tile to one side of the diagonal the distances are those of its first column and a step each
-        const float first = (float)((i64)column - row - offset);
-        const bool left = __all_sync(0xffffffff, first + (COLUMNS - 7) <= 0.0f), right = __all_sync(0xffffffff, first - 8 >= 0.0f);
-        base[0] = base[1] = 0.0f;
+        const Real first = (Real)((i64)column - row - offset);
+        const bool left = __all_sync(0xffffffff, first + (COLUMNS - 7) <= 0), right = __all_sync(0xffffffff, first - 8 >= 0);
+        base[0] = base[1] = 0;
         if (left || right) {
-          const float step = left ? slope : -slope;
+          const Real step = left ? slope : -slope;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             base[half] = step * (first - half * 8);
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-              for (int i = 0; i < 2; ++i) d[0][n][2 * half + i] = fmaf(step, (float)(n * 8 + i), d[0][n][2 * half + i]);
+              for (int i = 0; i < 2; ++i) d[0][n][2 * half + i] = fma(step, (Real)(n * 8 + i), d[0][n][2 * half + i]);
           }
           return;
         }
@@ -265,16 +280,16 @@ template <int PRECISION, int OPTIONS> struct Score {
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float distance = (float)((TRANSPOSED ? (i64)row - column : (i64)column - row) - offset), step = (float)(m * 16 + half * 8);
-          const float from = TRANSPOSED ? distance + step : distance - step;
+          const Real distance = (Real)((TRANSPOSED ? (i64)row - column : (i64)column - row) - offset), step = (Real)(m * 16 + half * 8);
+          const Real from = TRANSPOSED ? distance + step : distance - step;
 #pragma unroll
           for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) d[m][n][2 * half + i] = fmaf(-slope, fabsf(TRANSPOSED ? from - (n * 8 + i) : from + (n * 8 + i)), d[m][n][2 * half + i]);
+            for (int i = 0; i < 2; ++i) d[m][n][2 * half + i] = fma(-slope, fabs(TRANSPOSED ? from - (n * 8 + i) : from + (n * 8 + i)), d[m][n][2 * half + i]);
         }
     }
     if constexpr ((OPTIONS & MASK) != 0)
-      with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.mask, mask, row, column, [&](int m, int n, int i, u8 x) { d[m][n][i] = x ? d[m][n][i] : -infinity(); });
+      with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.mask, mask, row, column, [&](int m, int n, int i, u8 x) { d[m][n][i] = x ? d[m][n][i] : Real(-infinity()); });
   }
 
   // f(m, n, i, x) with the element x of an array (.., queries, keys) for each element of the fragments; where a query or key does not exist, that of the last one.

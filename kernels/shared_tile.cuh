@@ -1,5 +1,8 @@
 // A tile of a matrix in shared memory: rows of 16-byte chunks, swizzled so that eight consecutive rows of one chunk column (what ldmatrix reads) and
 // the transposed reads of float32 fall in different banks. Copies between device memory and tiles.
+//
+// Float64 fragments are read without ldmatrix: at a time 2 chunks of each of four neighbouring rows, or of four even or four odd ones (against the rows), or
+// 4 chunks of each of two neighbours (in the order of accumulators). The swizzle of float64 puts each of these in different banks.
 #pragma once
 #include "ptx/shared_memory.cuh"
 
@@ -14,7 +17,10 @@ template <typename Element_, int ROWS_, int COLUMNS_> struct SharedTile {
   u32 address;
 
   // Rows of 128 bytes and multiples hold 8 chunks of different banks; shorter rows share a 128-byte line, and the swizzle turns with the line.
-  static __device__ __forceinline__ constexpr int swizzle(int row) { return CHUNKS % 8 == 0 ? row & 7 : CHUNKS % 4 == 0 ? (row >> 1) & 3 : (row >> 2) & 1; }
+  static __device__ __forceinline__ constexpr int swizzle(int row) {
+    if (sizeof(Element) == 8 && CHUNKS % 8 == 0) return (row & 6) ^ (row & 1) << 2;
+    return CHUNKS % 8 == 0 ? row & 7 : CHUNKS % 4 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
+  }
 
   __device__ __forceinline__ u32 at(int row, int chunk) const { return address + row * PITCH + ((chunk ^ swizzle(row)) << 4); }
 };
@@ -32,12 +38,10 @@ template <typename Tile> struct LaneView {
   __device__ __forceinline__ u32 at(int row, int chunk) const { return (start ^ (u32)(chunk % LINE << 4)) + row * Tile::PITCH + (chunk / LINE * LINE << 4); }
 };
 
-// Two neighbours in a tile, as float32.
-template <typename Element> __device__ __forceinline__ void load_shared_pair(float (&x)[2], u32 address) {
-  if constexpr (sizeof(Element) == 4) {
-    u32 first, second;
-    load_shared(first, second, address);
-    x[0] = __uint_as_float(first), x[1] = __uint_as_float(second);
+// Two neighbours in a tile, as what is computed with.
+template <typename Element, typename Real> __device__ __forceinline__ void load_shared_pair(Real (&x)[2], u32 address) {
+  if constexpr (sizeof(Element) >= 4) {
+    load_shared(x[0], x[1], address);
   } else {
     const u32 pair = load_shared(address);
     Element first, second;
@@ -94,7 +98,8 @@ __device__ __forceinline__ void store_rows(const Tile& tile, int first_row, int 
       for (int j = 0; j < PER_CHUNK; ++j) {
         if (j >= valid) break;
         if constexpr (sizeof(Element) == 2) { Element y; y.bits = (u16)(words[j / 2] >> (j % 2 * 16)); to[j] = y; }
-        else to[j] = __uint_as_float(words[j]);
+        else if constexpr (sizeof(Element) == 4) to[j] = __uint_as_float(words[j]);
+        else to[j] = __hiloint2double(words[2 * j + 1], words[2 * j]);
       }
     }
   }

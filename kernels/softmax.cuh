@@ -12,42 +12,42 @@ constexpr float LARGEST_SUM = 16384.0f;
 constexpr float PARTS_SCALE = 2048.0f, PARTS_RESCALE_THRESHOLD = 0.5f, PARTS_LARGEST_SUM = 31.9f;
 
 // BASED: the scores of a row are those given plus a number of the lane's own, `base`, which is folded into what is taken once a row.
-template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineSoftmax {
+template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS = false> struct OnlineSoftmax {
   static constexpr float THRESHOLD = IN_PARTS ? PARTS_RESCALE_THRESHOLD : RESCALE_THRESHOLD, MOST = IN_PARTS ? PARTS_LARGEST_SUM : LARGEST_SUM;
-  float shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
-  float sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
-  float base[2] = {0.0f, 0.0f};                  // of the tile at hand, as an exponent
+  Real shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
+  Real sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
+  Real base[2] = {0.0f, 0.0f};                  // of the tile at hand, as an exponent
 
   // A sink: an exponent that takes part in the denominator from the start, and has no value.
-  __device__ __forceinline__ void start(float sink, int lane) {
+  __device__ __forceinline__ void start(Real sink, int lane) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) shift[row] = sink, sum[row] = lane % 4 == 0 && sink != -infinity() ? 1.0f : 0.0f;
   }
 
   // Raises the shifts where the scores need it; `rescale(row, ratio)` is called for both rows where a shift moved.
-  template <typename Exponential, typename Rescale> __device__ __forceinline__ void raise(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
-    float maximum[2];
+  template <typename Exponential, typename Rescale> __device__ __forceinline__ void raise(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
+    Real largest[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float chain[2];   // two at a time: one waits for itself
+      Real chain[2];   // two at a time: one waits for itself
 #pragma unroll
       for (int n = 0; n < COLUMNS / 8; ++n) {
-        const float pair = fmaxf(scores[n][2 * row], scores[n][2 * row + 1]);
-        chain[n % 2] = n < 2 ? pair : fmaxf(chain[n % 2], pair);
+        const Real pair = maximum(scores[n][2 * row], scores[n][2 * row + 1]);
+        chain[n % 2] = n < 2 ? pair : maximum(chain[n % 2], pair);
       }
-      float m = fmaxf(chain[0], chain[1]);
-      if (BASED) m = fmaf(m, exponential.factor, base[row]);
-      m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
-      maximum[row] = BASED ? m : m * exponential.factor;
+      Real m = COLUMNS > 8 ? maximum(chain[0], chain[1]) : chain[0];
+      if (BASED) m = fma(m, exponential.factor, base[row]);
+      m = maximum(m, __shfl_xor_sync(0xffffffff, m, 1));
+      m = maximum(m, __shfl_xor_sync(0xffffffff, m, 2));
+      largest[row] = BASED ? m : m * exponential.factor;
     }
     // From nothing seen so far (-inf) every score moves it; -inf and NaN move nothing, and a NaN then shows in the sum.
-    const bool moved = maximum[0] - shift[0] > THRESHOLD || maximum[1] - shift[1] > THRESHOLD;
+    const bool moved = largest[0] - shift[0] > THRESHOLD || largest[1] - shift[1] > THRESHOLD;
     if (!__any_sync(0xffffffff, moved)) return;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float next = fmaxf(shift[row], maximum[row]);
-      const float ratio = next == -infinity() ? 1.0f : Exponential::of(shift[row] - next);
+      const Real next = maximum(shift[row], largest[row]);
+      const Real ratio = next == -infinity() ? Real(1) : Exponential::of(shift[row] - next);
       shift[row] = next;
       sum[row] *= ratio;
       rescale(row, ratio);
@@ -56,13 +56,13 @@ template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineS
 
   // exponential(score, shift) of two rows: `keep(n, row, p)` is given each pair of neighbours, tile_sum what they add up to.
   template <typename Exponential, typename Keep>
-  __device__ __forceinline__ void exponentials(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, const float (&against)[2], float (&tile_sum)[2], Keep keep) const {
+  __device__ __forceinline__ void exponentials(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       tile_sum[row] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
 #pragma unroll
       for (int n = 0; n < COLUMNS / 8; ++n) {
-        float p[2];
+        Real p[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           p[i] = exponential(scores[n][2 * row + i], against[row]);
@@ -74,19 +74,19 @@ template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineS
   }
 
   // Probabilities of a tile, against shifts that raise() has seen to.
-  template <typename Exponential, typename Keep> __device__ __forceinline__ void take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    float against[2] = {shift[0] == -infinity() ? 0.0f : shift[0], shift[1] == -infinity() ? 0.0f : shift[1]};
+  template <typename Exponential, typename Keep> __device__ __forceinline__ void take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    Real against[2] = {shift[0] == -infinity() ? 0 : shift[0], shift[1] == -infinity() ? 0 : shift[1]};
     if (BASED) against[0] -= base[0], against[1] -= base[1];
-    float tile_sum[2];
+    Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
   }
 
   // A row's first tile without raise(), against shifts of 0: where scores are so small, or so large, that another shift is better, nothing is taken.
-  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_start(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const float against[2] = {0.0f, 0.0f};
-    float tile_sum[2];
+  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_start(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    const Real against[2] = {0.0f, 0.0f};
+    Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
     if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= MOST))) return false;
@@ -97,9 +97,9 @@ template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineS
 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
   // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
-  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const float against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
-    float tile_sum[2];
+  template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    const Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
+    Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;
 #pragma unroll
@@ -108,20 +108,20 @@ template <int COLUMNS, bool BASED = false, bool IN_PARTS = false> struct OnlineS
   }
 
   // Scores become probabilities, in place.
-  template <typename Exponential, typename Rescale> __device__ __forceinline__ void step(float (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
+  template <typename Exponential, typename Rescale> __device__ __forceinline__ void step(Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
     raise(scores, exponential, rescale);
-    take(scores, exponential, [&](int n, int row, const float (&p)[2]) { scores[n][2 * row] = p[0], scores[n][2 * row + 1] = p[1]; });
+    take(scores, exponential, [&](int n, int row, const Real (&p)[2]) { scores[n][2 * row] = p[0], scores[n][2 * row + 1] = p[1]; });
   }
 
   // After the last tile: 1 / sum (0 for a row that saw nothing), and the natural log of the softmax denominator.
-  template <typename Exponential> __device__ __forceinline__ void finish(const Exponential&, float (&inverse)[2], float (&lse)[2]) const {
+  template <typename Exponential> __device__ __forceinline__ void finish(const Exponential&, Real (&inverse)[2], Real (&lse)[2]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float total = sum[row] + __shfl_xor_sync(0xffffffff, sum[row], 1);
+      Real total = sum[row] + __shfl_xor_sync(0xffffffff, sum[row], 1);
       total += __shfl_xor_sync(0xffffffff, total, 2);
       const bool nothing = shift[row] == -infinity() && total == 0.0f;
-      inverse[row] = nothing ? 0.0f : 1.0f / total;
-      lse[row] = nothing ? -infinity() : Exponential::lse(shift[row], total);
+      inverse[row] = nothing ? 0 : 1 / total;
+      lse[row] = nothing ? Real(-infinity()) : Exponential::lse(shift[row], total);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Names for the built-in types (NVRTC ships no <cstdint>), the precisions, and conversions between float32 and the 16-bit types.
+// Names for the built-in types (NVRTC ships no <cstdint>), the precisions, and conversions between elements and what is computed with.
 #pragma once
 
 typedef unsigned char u8;
@@ -7,7 +7,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 // How a product is made. TFLOAT32 rounds float32 inputs to 11 significant bits; FLOAT32 keeps float32 accuracy by splitting each input in two such parts.
-enum Precision { FLOAT16 = 0, BFLOAT16 = 1, TFLOAT32 = 2, FLOAT32 = 3 };
+enum Precision { FLOAT16 = 0, BFLOAT16 = 1, TFLOAT32 = 2, FLOAT32 = 3, FLOAT64 = 4 };
 
 struct half_t { u16 bits; };
 struct bfloat_t { u16 bits; };
@@ -15,6 +15,12 @@ struct bfloat_t { u16 bits; };
 template <int PRECISION> struct ElementOf { using type = float; };
 template <> struct ElementOf<FLOAT16> { using type = half_t; };
 template <> struct ElementOf<BFLOAT16> { using type = bfloat_t; };
+template <> struct ElementOf<FLOAT64> { using type = double; };
+
+// What scores, sums and statistics are computed in.
+template <int PRECISION> struct RealOf { using type = float; };
+template <> struct RealOf<FLOAT64> { using type = double; };
+template <int PRECISION> using Real = typename RealOf<PRECISION>::type;
 
 // A number as a type, for functions that need it at compile time.
 template <int N> struct Constant { static constexpr int value = N; };
@@ -40,6 +46,20 @@ __device__ __forceinline__ void from_float(float& y, float x) { y = x; }
 __device__ __forceinline__ void from_float(half_t& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void from_float(bfloat_t& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
+// An element as what is computed with, and back.
+template <typename Element> __device__ __forceinline__ float to_real(Element x) { return to_float(x); }
+__device__ __forceinline__ double to_real(double x) { return x; }
+template <typename Element> __device__ __forceinline__ void from_real(Element& y, float x) { from_float(y, x); }
+__device__ __forceinline__ void from_real(double& y, double x) { y = x; }
+
+// The larger; a NaN is neither.
+__device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
+__device__ __forceinline__ double maximum(double x, double y) { return y > x ? y : x; }   // a NaN may stay where it comes first: it shows in what is made of it
+
+// Two neighbours in device memory, written at once.
+__device__ __forceinline__ void store_pair(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
+__device__ __forceinline__ void store_pair(double* to, double x, double y) { *(double2*)to = make_double2(x, y); }
+
 // Whether rows of device memory can be read and written 16 bytes at a time.
 template <typename Element> __device__ __forceinline__ bool whole_chunks(const Element* row, i64 row_stride, int columns) {
   return (((unsigned long long)row | (unsigned long long)row_stride * sizeof(Element) | (unsigned long long)columns * sizeof(Element)) & 15) == 0;
@@ -55,7 +75,7 @@ template <int PRECISION> __device__ __forceinline__ u32 pack(float first, float 
 
 // tanh(scale x), in place, by all lanes of a warp. For 16-bit inputs good to 2^-11: the unit for exponentials has an instruction for it. As softmax takes
 // that unit's time too, the FMA units do half of the elements, where a warp has them all below 1 in size: by a polynomial, to 8.2e-5. Else to the last bits.
-template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_tangents(float (&d)[COUNT][4], float scale) {
+template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_tangents(Real<PRECISION> (&d)[COUNT][4], Real<PRECISION> scale) {
   if constexpr (PRECISION == FLOAT16 || PRECISION == BFLOAT16) {
     const auto instruction = [](float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; };
     u32 bits = 0;   // of 2 scale x: of numbers below 2, and of no others, the highest bit of the exponent is 0
@@ -82,7 +102,7 @@ template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_t
 #pragma unroll
     for (int n = 0; n < COUNT; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) d[n][i] = tanhf(d[n][i] * scale);
+      for (int i = 0; i < 4; ++i) d[n][i] = tanh(d[n][i] * scale);
   }
 }
 

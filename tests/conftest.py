@@ -27,8 +27,8 @@ if BLAS_THREADS is not None:
 
 ON_GPU = pytest.mark.gpu
 PRECISIONS = [("numpy", name) for name in ("float16", "bfloat16", "float32", "float64")]
-PRECISIONS += [("cupy", name) for name in ("float16", "bfloat16", "float32", "tf32")]
-COMPLEX_PRECISIONS = [("numpy", "complex64"), ("numpy", "complex128"), ("cupy", "complex64"), ("cupy", "complex64 tf32")]
+PRECISIONS += [("cupy", name) for name in ("float16", "bfloat16", "float32", "tf32", "float64")]
+COMPLEX_PRECISIONS = [("numpy", "complex64"), ("numpy", "complex128"), ("cupy", "complex64"), ("cupy", "complex64 tf32"), ("cupy", "complex128")]
 DIRTY_BYTES = 64 << 20
 
 

@@ -71,13 +71,6 @@ def test_one_dtype(qkv, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-def test_float64_on_gpu_is_not_implemented(dtype):
-    q = cupy.zeros((4, 4), dtype)
-    refused(NotImplementedError, f"q has dtype {dtype} on a GPU", q=q, k=q, v=q)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_numpy_mixed_with_cupy(seed, name):
     call = dict(zip("qkv", Arrays(cupy, "float32", seed).qkv(4, 5)))

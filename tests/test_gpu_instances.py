@@ -24,12 +24,11 @@ def narrower(dims):
     return [dims, (dims[0] - 8, dims[1] - 8), (dims[0] - 1, dims[1] - 1)]
 
 
-@pytest.mark.parametrize("dims", tiles.HEAD_DIMS, ids=lambda dims: f"{dims[0]}-{dims[1]}")
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "dims"), [(precision, dims) for precision in PRECISIONS for dims in tiles.head_dims_of(precision)])
 def test_head_dims(precision, dims, seed):
     arrays = Arrays(cupy, precision, seed)
     for head_dim, value_dim in narrower(dims):
-        assert tiles.head_dims(head_dim, value_dim) == dims
+        assert tiles.head_dims(head_dim, value_dim, tiles.head_dims_of(precision)) == dims
         q, k, v = arrays.qkv(130, 200, head_dim, value_dim, lead=(2,))
         dout = arrays.normal(2, 130, value_dim)
         wanted = reference_of_all(dout, q, k, v, **arrays.options)
@@ -43,7 +42,7 @@ def test_head_dims(precision, dims, seed):
 def test_lengths_near_tiles(precision, head_dim, causal, seed):
     """One less than a tile of queries or keys, one tile, and one more; two tiles likewise."""
     arrays = Arrays(cupy, precision, seed)
-    dims = tiles.head_dims(head_dim, head_dim)
+    dims = tiles.head_dims(head_dim, head_dim, tiles.head_dims_of(precision))
     limit = launch.shared_limit(cupy.cuda.Device().id)
     chosen = [tiles.choose(table, precision, dims, limit) for table in (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_QUERY)]
     if precision in ("float16", "bfloat16"):
@@ -102,13 +101,13 @@ def backward_plan(plans):
     ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize("precision", ["float16", "float32", "float64"])
 def test_heads_split_over_blocks(precision, deterministic, heads, multiprocessors, blocks_of_heads, parts, seed, no_plans, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     arrays = Arrays(cupy, precision, seed)
     q, k, v = (arrays.normal(2, own, length, 40) for own, length in zip(heads, (100, 150, 150)))
     dout = arrays.normal(2, max(heads), 100, 40)
-    dlse = arrays.normal(2, max(heads), 100, dtype=numpy.float32)
+    dlse = arrays.normal(2, max(heads), 100, dtype=arrays.lse_dtype)
     check_backward(dout, q, k, v, dlse=dlse, causal=True, deterministic=deterministic, roundings=8, **arrays.options)
     plan = backward_plan(no_plans)
     assert (plan.blocks_of_heads, plan.key_parts) == (blocks_of_heads, parts)
@@ -143,7 +142,7 @@ def test_broadcasting(precision, deterministic, shapes, seed):
     arrays = Arrays(cupy, precision, seed)
     q, k, v = (arrays.normal(*lead, length, 24) for lead, length in zip(shapes, (33, 65, 65)))
     out, lse = check_forward(q, k, v, causal=True, roundings=4, **arrays.options)
-    dout, dlse = arrays.normal(*out.shape), arrays.normal(*lse.shape, dtype=numpy.float32)
+    dout, dlse = arrays.normal(*out.shape), arrays.normal(*lse.shape, dtype=arrays.lse_dtype)
     check_backward(dout, q, k, v, dlse=dlse, causal=True, deterministic=deterministic, roundings=16, **arrays.options)
 
 
@@ -228,7 +227,7 @@ def arrays_of_float16(seed):
 def test_strides_of_lse_and_dlse(precision, order, seed):
     arrays = Arrays(cupy, precision, seed)
     q, k, v = arrays.qkv(70, 90, 40, lead=(2, 3))
-    dout, dlse = arrays.normal(2, 3, 70, 40), arrays.normal(2, 3, 70, dtype=numpy.float32)
+    dout, dlse = arrays.normal(2, 3, 70, 40), arrays.normal(2, 3, 70, dtype=arrays.lse_dtype)
     options = {"deterministic": True, **arrays.options}
     out, lse = cuflash.attention_forward(q, k, v, **options)
     expected = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)

@@ -13,7 +13,7 @@ import cuflash
 from cuflash import reference
 
 pytestmark = pytest.mark.gpu
-PRECISIONS = ("float16", "bfloat16", "float32", "tf32")
+PRECISIONS = ("float16", "bfloat16", "float32", "tf32", "float64")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ NVRTC compiles to machine code without a GPU.
 """
 
 import dataclasses
+import itertools
 import logging
 import re
 import shutil
@@ -34,8 +35,8 @@ def choices():
     """(architecture, precision, head dims); fewer of them for sm_80, whose instructions are those of sm_86."""
     for architecture in SHARED_LIMITS:
         for precision in tiles.PRECISIONS:
-            for dims in tiles.HEAD_DIMS:
-                if architecture != "sm_80" or (precision in ("bfloat16", "float32") and dims[0] == dims[1]):
+            for dims in tiles.head_dims_of(precision):
+                if architecture != "sm_80" or (precision in ("bfloat16", "float32", "float64") and dims[0] == dims[1]):
                     yield pytest.param(architecture, precision, dims, id=f"{architecture}-{precision}-{dims[0]}-{dims[1]}")
 
 
@@ -76,7 +77,8 @@ def names_of(options, architecture, precision, dims):
     limit = SHARED_LIMITS[architecture]
     forward, query = (tiles.choose(table, precision, dims, limit) for table in (tiles.forward_table(options), tiles.BACKWARD_QUERY))
     backward, without_dq = (tiles.choose(tiles.backward_table(options, with_dq), precision, dims, limit) for with_dq in (True, False))
-    staged = tiles.STAGED_BIAS if options & tiles.BIAS and forward.shared_bytes(dims, 4, 4) <= limit else 0
+    size = tiles.element_bytes(precision)
+    staged = tiles.STAGED_BIAS if options & tiles.BIAS and forward.shared_bytes(dims, size, max(4, size)) <= limit else 0
     names = {forward.file: [forward.name(precision, dims, options | staged)]}
     if not options & tiles.LONG_SUMS:
         names[backward.file] = [backward.name(precision, dims, options, True)] if backward.query_gradient else []
@@ -91,7 +93,7 @@ def names_of(options, architecture, precision, dims):
 @pytest.mark.parametrize(("architecture", "precision", "dims"), list(choices()))
 def test_instances(architecture, precision, dims):
     names = names_of(0, architecture, precision, dims)
-    if precision != "float32":
+    if precision not in ("float32", "float64"):
         for file, more in names_of(tiles.LONG_SUMS, architecture, precision, dims).items():
             names[file] += more
     found = [spill for file, own in names.items() for spill in spills(file, own, architecture)]
@@ -102,9 +104,16 @@ ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.
 WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("options", [WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS])
+SETS_OF_OPTIONS = (WHICH_SCORES, tiles.SOFTCAP, tiles.BIAS, tiles.MASK, tiles.ALIBI, tiles.DROPOUT, tiles.SCALE_FIRST, ALL_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "dims"),
+    [
+        *itertools.product(SETS_OF_OPTIONS, ("bfloat16", "float32"), [(64, 64), (128, 128), (192, 128)]),
+        *itertools.product((tiles.SOFTCAP, ALL_OPTIONS), ("float64",), [(64, 64), (128, 128), (256, 256)]),
+    ],
+)
 def test_instances_with_options(options, precision, dims):
     """Few of the thousands of combinations. Only backward tiles of 16 bits at 64 and 128, chosen for calls without options, keep a few registers in memory."""
     for file, names in names_of(options, "sm_90", precision, dims).items():
@@ -202,7 +211,7 @@ def test_sizes_of_sm90_tiles():
 @pytest.mark.parametrize("precision", tiles.PRECISIONS)
 def test_row_kernels(architecture, precision):
     kind = tiles.PRECISIONS[precision]
-    head_dims = sorted({head_dim for head_dim, _ in tiles.HEAD_DIMS})
+    head_dims = sorted({head_dim for head_dim, _ in tiles.head_dims_of(precision)})
     rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
     names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
@@ -220,7 +229,7 @@ def test_a_spill_is_seen():
 
 def layout_assertions(shift=0):
     """The offset and size of each field, and the size of the whole, of the two structs; `shift` moves one of them."""
-    for struct, layout in (("Array", launch.VIEW), ("Problem", launch.LAYOUT)):
+    for struct, layout in (("Array", launch.VIEW), ("Factors", launch.FACTORS), ("Problem", launch.LAYOUT)):
         for name in layout.names:
             dtype, offset = layout.fields[name][:2]
             if (struct, name) == ("Problem", "heads"):
@@ -247,9 +256,9 @@ def test_a_wrong_layout_is_seen():
 def tile_template(tile):
     """The C++ struct of a tile and the parameters of it that follow the precision and the head dims."""
     return {
-        tiles.ForwardTile: ("ForwardTiles", ("warps", "row_tiles", "key_tile", "stages")),
+        tiles.ForwardTile: ("ForwardTiles", ("warps", "row_tiles", "key_tile", "stages", "value_groups")),
         tiles.BackwardTile: ("BackwardTiles", ("warps", "row_tiles", "column_groups", "query_tile", "stages", "score_tiles")),
-        tiles.BackwardQueryTile: ("BackwardQueryTiles", ("warps", "row_tiles", "key_tile", "stages")),
+        tiles.BackwardQueryTile: ("BackwardQueryTiles", ("warps", "row_tiles", "key_tile", "stages", "column_groups")),
         tiles.BackwardBiasTile: ("BackwardBiasTiles", ("warps", "row_tiles", "key_tile")),
     }[tile]
 
@@ -284,16 +293,17 @@ def test_enums():
 
 
 def test_every_head_dim_has_kernels():
-    for head_dim in range(1, 257):
-        for value_dim in range(1, 257):
-            dims = tiles.head_dims(head_dim, value_dim)
-            assert head_dim <= dims[0] and value_dim <= dims[1]
+    for available in (tiles.HEAD_DIMS, tiles.HEAD_DIMS_FLOAT64):
+        for head_dim in range(1, 257):
+            for value_dim in range(1, 257):
+                dims = tiles.head_dims(head_dim, value_dim, available)
+                assert head_dim <= dims[0] and value_dim <= dims[1]
 
 
 def test_every_row_ends_with_a_tile_for_the_smallest_gpu():
     for table in tiles.TABLES:
         for precision in tiles.PRECISIONS:
-            for dims in tiles.HEAD_DIMS:
+            for dims in tiles.head_dims_of(precision):
                 last = tiles.row(table, precision, dims)[-1]
                 assert last.shared_bytes(dims, tiles.element_bytes(precision)) <= SMALLEST_LIMIT, (last, precision, dims)
 

@@ -206,11 +206,11 @@ def test_numpy_complex(seed):
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_cupy(chunk, seed):
     """2,000 examples in all: each chunk is of one precision and of as many instances of the kernels as it can compile in about a minute."""
-    run_on_gpu(chunk, seed, ("float16", "bfloat16", "float32", "tf32")[chunk % 4])
+    run_on_gpu(chunk, seed, ("float16", "bfloat16", "float32", "tf32", "float64")[chunk % 5])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["complex64", "complex64 tf32"])
+@pytest.mark.parametrize("precision", ["complex64", "complex64 tf32", "complex128"])
 def test_cupy_complex(precision, seed):
     run_on_gpu(CHUNKS, seed, precision)
 

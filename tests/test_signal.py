@@ -222,13 +222,12 @@ def test_a_zero_gradient_gives_zeros(arrays):
 
 
 @pytest.mark.gpu
-def test_float64_on_a_gpu_needs_a_dtype():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-12), ("float32", 2e-5)])
+def test_float64_on_a_gpu(dtype, tolerance):
     x = cupy.asarray(sine(numpy.random.default_rng(0), 300)[1])
-    with pytest.raises(NotImplementedError, match="float64"):
-        nonlocal_means(x, patch=9, bandwidth=1.0)
-    y = nonlocal_means(x, patch=9, bandwidth=1.0, dtype="float32")
+    y = nonlocal_means(x, patch=9, bandwidth=1.0, dtype=dtype)
     assert y.dtype == numpy.float64
-    numpy.testing.assert_allclose(to_numpy(y), expected_means(to_numpy(x)[None], 9, 1.0)[0], atol=2e-5)
+    numpy.testing.assert_allclose(to_numpy(y), expected_means(to_numpy(x)[None], 9, 1.0)[0], atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ def takes_kernels_of(no_plans, monkeypatch):
 
     def use(family):
         monkeypatch.setattr(tiles, "PARTS_LEAST_QUERIES", 0)
-        monkeypatch.setattr(tiles, "PARTS_LEAST_PRODUCTS", 0)
+        monkeypatch.setattr(tiles, "PARTS_LEAST_WORK", {"float32": 0, "tf32": 0})
         monkeypatch.setattr(launch, "family", lambda device: (family, "the test asks for it"))
         return taken
 

@@ -26,7 +26,7 @@ def forward(problem, q, k, v, out=None):
         if target.shape[-1] > 1 and target.strides[-1] != target.dtype.itemsize:
             log.info("out: columns do not lie side by side; it is computed in a new array and copied")
             target = cupy.empty(problem.out_shape, problem.dtype)
-        lse = _empty_lse(problem.lse_shape)
+        lse = _empty_lse(problem.lse_shape, problem.lse_dtype)
         if lse.size:
             if problem.sequences:  # rows that no sequence holds, should cu_seqlens be wrong
                 target.fill(0)
@@ -39,14 +39,14 @@ def forward(problem, q, k, v, out=None):
         return target, lse
 
 
-def _empty_lse(shape):
+def _empty_lse(shape, dtype):
     """An array for lse, and behind it in memory a word for the kernel to count with."""
-    return cupy.ndarray(shape, cupy.float32, cupy.cuda.alloc(4 * (math.prod(shape) + 1)))
+    return cupy.ndarray(shape, dtype, cupy.cuda.alloc(dtype.itemsize * (math.prod(shape) + 1)))
 
 
 def _launch_forward(plan, words, lse):
     if plan.counts:
-        counter = lse.data.ptr + 4 * lse.size
+        counter = lse.data.ptr + lse.nbytes
         cupy.cuda.runtime.memsetAsync(counter, 0, 4, cupy.cuda.get_current_stream().ptr)
         words["tile_counter"] = counter
     plan(words)
@@ -57,13 +57,13 @@ class _Forward:
 
     def __init__(self, problem, plan):
         self.device, self.plan = problem.device, plan
-        self.out_shape, self.lse_shape, self.dtype = problem.out_shape, problem.lse_shape, problem.dtype
+        self.out_shape, self.dtype, self.lse_shape, self.lse_dtype = problem.out_shape, problem.dtype, problem.lse_shape, problem.lse_dtype
 
     def __call__(self, q, k, v):
         if (q.data.ptr | k.data.ptr | v.data.ptr) & 15 or cupy.cuda.runtime.getDevice() != self.device:
             return None
         out = cupy.ndarray(self.out_shape, self.dtype)
-        lse = _empty_lse(self.lse_shape)
+        lse = _empty_lse(self.lse_shape, self.lse_dtype)
         _launch_forward(self.plan, {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "lse": lse.data.ptr}, lse)
         return out, lse
 
@@ -107,7 +107,8 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
-    rows = cupy.empty((2 + (dsinks is not None) + plan.in_order, plan.rows), cupy.float32)
+    sums = problem.lse_dtype
+    rows = cupy.empty((2 + (dsinks is not None) + plan.in_order, plan.rows), sums)
     words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
     if dsinks is not None:
         words["row_sink"] = rows[2].data.ptr
@@ -115,21 +116,20 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         words["row_turn"] = rows[-1].data.ptr
     query_sum, query_parts, key_parts = None, dq, (dk, dv)
     if plan.dq_sum_shape is not None:
-        query_sum = cupy.empty(plan.dq_sum_shape, cupy.float32)
+        query_sum = cupy.empty(plan.dq_sum_shape, sums)
         words["dq_sum"] = query_sum.data.ptr
     parts = cupy.zeros if problem.sequences else cupy.empty
     if plan.query_parts and (plan.separate_dq or plan.finishes):
-        query_parts = parts(plan.dq_shape, cupy.float32)
+        query_parts = parts(plan.dq_shape, sums)
         words["dq"] = query_parts.data.ptr
     if plan.key_parts:
-        key_parts = parts(plan.dk_shape, cupy.float32), parts(plan.dv_shape, cupy.float32)
+        key_parts = parts(plan.dk_shape, sums), parts(plan.dv_shape, sums)
         words |= {"dk": key_parts[0].data.ptr, "dv": key_parts[1].data.ptr}
     for step in (plan.prepare, plan.main, plan.query, plan.finish):
         if step is not None:
             step(words)
     if dsinks is not None:
-        sums = rows[2].reshape(-1, problem.heads, plan.rows // math.prod(problem.lead)).sum(axis=(0, 2), dtype=cupy.float64)
-        dsinks[...] = -sums
+        dsinks[...] = -rows[2].reshape(-1, problem.heads, plan.rows // math.prod(problem.lead)).sum(axis=(0, 2), dtype=cupy.float64)
     if plan.main is None:
         return
     if plan.query_parts:
@@ -141,7 +141,7 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         _sum_parts(key_parts[0][..., : problem.head_dim], dk, 1.0)
         _sum_parts(key_parts[1][..., : problem.value_dim], dv, 1.0)
     if plan.bias is not None:
-        bias_parts = parts(plan.bias_shape, cupy.float32) if plan.bias_parts else dbias
+        bias_parts = parts(plan.bias_shape, sums) if plan.bias_parts else dbias
         plan.bias(words | {"dbias": bias_parts.data.ptr})
         if plan.bias_parts:
             dbias[...] = bias_parts.sum(axis=0)
@@ -156,7 +156,7 @@ class _Call:
         over_batch = {"q_lengths": problem.q_lengths, "kv_lengths": problem.kv_lengths, "offsets": None if isinstance(problem.offset, int) else problem.offset}
         self.over_batch = {name: array.astype(cupy.int64, copy=False) for name, array in over_batch.items() if array is not None}
         self.over_heads = {name: array for name, array in (("alibi_slopes", problem.alibi_slopes), ("sinks", problem.sinks)) if array is not None}
-        self.over_heads = {name: array.astype(cupy.float32, copy=False) for name, array in self.over_heads.items()}
+        self.over_heads = {name: array.astype(problem.lse_dtype, copy=False) for name, array in self.over_heads.items()}
         self.over_scores = {name: array for name, array in (("mask", problem.mask), ("bias", problem.bias)) if array is not None}
         for group in (self.over_batch, self.over_heads, self.over_scores):
             self.words |= {name: array.data.ptr for name, array in group.items()}
@@ -201,7 +201,7 @@ def _sum_parts(parts, gradient, scale):
         parts = parts.reshape(*parts.shape[:heads], lead[-1], -1, *parts.shape[-2:])
         axes.append(heads + 1)
     total = parts.sum(axis=tuple(axes)).reshape(gradient.shape)
-    cupy.multiply(total, cupy.float32(scale), out=total)
+    cupy.multiply(total, total.dtype.type(scale), out=total)
     gradient[...] = total.astype(gradient.dtype, copy=False)
 
 
@@ -253,7 +253,7 @@ def warmup(dtypes, head_dims):
     for precision in dtypes:
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
-            dims = tiles.head_dims(head_dim, head_dim)
+            dims = tiles.head_dims(head_dim, head_dim, tiles.head_dims_of(precision))
             tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
             forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
             finish, backward = f"backward_finish<{kind}, {dims[0]}, 0>", None

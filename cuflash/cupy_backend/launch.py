@@ -27,6 +27,7 @@ VIEW = numpy.dtype(
     + [(name, "i4") for name in ("group", "columns", "pairs")],
     align=True,
 )
+FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")], align=True)
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
     + [(name, "u8") for name in WORDS]
@@ -34,7 +35,8 @@ LAYOUT = numpy.dtype(
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
     + [("keep_threshold", "u4")]
-    + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")],
+    + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
+    + [("float64", FACTORS)],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -42,12 +44,11 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
+HEADS_IN_ORDER = 16  # swept together at least where the blocks of a head follow each other, tile by tile, which leaves little of it in use at a time
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 MAX_SPLITS = 64  # parts of dbias
-LARGEST = float(numpy.finfo(numpy.float32).max)
-SMALLEST_FACTOR = float(numpy.finfo(numpy.float32).tiny)  # below it, kernels that flush subnormals would multiply scores by 0
 
 
 class Launch:
@@ -67,6 +68,16 @@ class Launch:
         if self.maps is not None:
             arguments += (self.maps(tuple(words[name] for name in self.mapped)),)
         self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
+
+
+@functools.cache
+def _range_of(dtype):
+    return numpy.finfo(dtype)
+
+
+def _range_of_sums(problem):
+    """The numbers that scores are computed in."""
+    return _range_of(problem.lse_dtype)
 
 
 @functools.cache
@@ -153,13 +164,19 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "bounded": problem.right is not None or problem.left is not None,
         "last_first": last_first(problem),
         "keep_threshold": problem.keep % 65536 << 16,
+    }
+    most = _range_of_sums(problem).max / 2  # kernels take it twice
+    factors = {
         "keep_inverse": 65536 / problem.keep,
         "scale": problem.scale,
         "score_unit": unit,
-        "score_unit_log2": unit / math.log(2),
         "inverse_unit": 1 / unit,
-        "softcap_scale": max(-LARGEST / 2, min(LARGEST / 2, problem.scale / problem.softcap)) if problem.softcap else 0.0,  # kernels take it twice
+        "softcap_scale": max(-most, min(most, problem.scale / problem.softcap)) if problem.softcap else 0.0,
     }
+    if problem.precision == "float64":
+        record["float64"] = tuple(factors[name] for name in FACTORS.names)
+    else:
+        values |= factors | {"score_unit_log2": unit / math.log(2)}
     values |= numbers
     for name in ("grid_places", "padded_queries"):
         if values.get(name, 0) >= 2**31:
@@ -196,7 +213,10 @@ def last_first(problem):
 
 def sweep(problem, head_bytes, places, in_order=False):
     """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
-    return max(1, min(places, L2_BYTES // max(1, head_bytes))) if in_order or last_first(problem) else 1
+    fitting = L2_BYTES // max(1, head_bytes)
+    if in_order:
+        fitting = max(fitting, HEADS_IN_ORDER)
+    return max(1, min(places, fitting)) if in_order or last_first(problem) else 1
 
 
 def slots(problem, length, tile):
@@ -209,9 +229,10 @@ def scales_first(problem):
     if problem.softcap:
         return False
     adds = problem.bias is not None or problem.alibi_slopes is not None
-    if adds and problem.precision == "float32":  # a bias should not be rounded once more
+    if adds and problem.precision in ("float32", "float64"):  # a bias should not be rounded once more
         return True
-    return not (2.0**-40 < problem.scale < 2.0**40 if adds else problem.scale >= SMALLEST_FACTOR)
+    # Below the normal numbers, kernels that flush subnormals would multiply scores by 0.
+    return not (2.0**-40 < problem.scale < 2.0**40 if adds else problem.scale >= _range_of_sums(problem).tiny)
 
 
 def options_of(problem):
@@ -239,7 +260,7 @@ def plan_forward(problem, views, alignment):
     problem, views = _heads_as_rows(problem, views)
     size = tiles.element_bytes(problem.precision)
     options = options_of(problem)
-    if problem.key_length > LONG_LENGTH and problem.precision != "float32":  # which adds in round-to-nearest anyway
+    if problem.key_length > LONG_LENGTH and problem.precision not in ("float32", "float64"):  # which add in round-to-nearest anyway
         options |= tiles.LONG_SUMS
     if family(problem.device)[0] == "sm90" and size == 2 and problem.key_length:
         launch = _plan_forward_sm90(problem, views, alignment, options)
@@ -429,7 +450,7 @@ class BackwardPlan:
     """The launches of a backward pass and the buffers between them."""
 
     def __init__(self, problem, views, alignment):
-        dims = tiles.head_dims(problem.head_dim, problem.value_dim)
+        dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.head_dims_of(problem.precision))
         precision, device = problem.precision, problem.device
         size, limit = tiles.element_bytes(precision), shared_limit(device)
         options = options_of(problem)
@@ -465,7 +486,7 @@ class BackwardPlan:
         enough = 2 * multiprocessors(device)
         together = next(n for n in range(shared_heads, 0, -1) if shared_heads % n == 0 and (places // n * key_tiles >= enough or n == 1))
         self.blocks_of_heads = problem.heads // together
-        # dk and dv are written at once where no further sum is needed, else as float32 parts.
+        # dk and dv are written at once where no further sum is needed, else as float32 (float64) parts.
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
@@ -480,7 +501,7 @@ class BackwardPlan:
         if self.query_parts:
             self.dq_shape = (*problem.lead, problem.query_length, dims[0])
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
-        head_bytes = problem.query_length * (sum(dims) * size + dims[0] * 4)
+        head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         rows = {"padded_queries": padded, "padding": padding}

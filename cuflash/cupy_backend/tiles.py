@@ -3,8 +3,8 @@
 Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
 of 64 and more come from sweeps on an H200, those of 16-bit calls with options at 64 and 128 from a smaller one. Not timed against others: head dim 32, the
 pairs of unequal head dims except forward (64, 32) and (192, 128), every later tile of a row, tf32 at 96 and 192 and forward at 256, other tiles for calls
-with options, all of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward 16-bit at
-256 and backward tf32 at 128.
+with options, all of float64, BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward
+16-bit at 256 and backward tf32 at 128.
 """
 
 import dataclasses
@@ -13,8 +13,11 @@ import math
 # (head dim of q and k, head dim of v) that kernels exist for; a call takes the first that holds its own, and the columns it lacks read as zeros.
 HEAD_DIMS = ((32, 32), (64, 32), (64, 64), (96, 32), (96, 96), (128, 32), (128, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 
+# The same for float64.
+HEAD_DIMS_FLOAT64 = ((32, 32), (64, 64), (128, 128), (192, 192), (256, 256))
+
 # As kernels/types.cuh has them.
-PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32"}
+PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", "float32": "FLOAT32", "float64": "FLOAT64"}
 
 # How many float16 numbers stand for one of float32 in the sm90 family (kernels/parts.cuh).
 PARTS = {"float32": 2, "tf32": 1}
@@ -31,12 +34,22 @@ def head_dims(head_dim, value_dim, available=HEAD_DIMS):
     return next(dims for dims in available if head_dim <= dims[0] and value_dim <= dims[1])
 
 
+def head_dims_of(precision):
+    """Those of the sm80 family for a precision."""
+    return HEAD_DIMS_FLOAT64 if precision == "float64" else HEAD_DIMS
+
+
 # The same for the sm90 family.
 HEAD_DIMS_SM90 = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 def element_bytes(precision):
-    return 2 if precision in ("float16", "bfloat16") else 4
+    return {"float16": 2, "bfloat16": 2, "float64": 8}.get(precision, 4)
+
+
+def sum_bytes(precision):
+    """Of a number that kernels add up, or keep of a row."""
+    return max(4, element_bytes(precision))
 
 
 def _arguments(*values):
@@ -78,8 +91,13 @@ class ForwardTile(_TileOfQueries):
     key_tile: int
     stages: int
     blocks_per_sm: int
+    value_groups: int = 1  # warps that share their queries, each with a part of the value columns
 
     kernel = "forward_sm80"
+
+    @property
+    def query_tile(self):
+        return super().query_tile // self.value_groups
 
     def shared_bytes(self, dims, size, bias_size=0):
         """With bias_size, the bytes of an element, bias tiles are staged too."""
@@ -134,7 +152,7 @@ class BackwardTile(_Tile):
 
     def shared_bytes(self, dims, size):
         head_dim, value_dim = dims
-        stage = self.query_tile * ((head_dim + value_dim) * size + 8)
+        stage = self.query_tile * ((head_dim + value_dim) * size + 2 * max(4, size))
         return self.key_tile * (head_dim + value_dim + self.score_tiles * self.query_tile) * size + self.stages * stage
 
     def name(self, precision, dims, options, query_gradient):
@@ -173,8 +191,13 @@ class BackwardQueryTile(_TileOfQueries):
     key_tile: int
     stages: int
     blocks_per_sm: int
+    column_groups: int = 1  # warps that share their queries, each with a part of dQ's columns
 
     kernel = "backward_query_sm80"
+
+    @property
+    def query_tile(self):
+        return super().query_tile // self.column_groups
 
     def shared_bytes(self, dims, size):
         return (self.query_tile + self.stages * self.key_tile) * sum(dims) * size
@@ -220,6 +243,13 @@ FORWARD = {
         192: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
         256: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
     },
+    "float64": {
+        32: [ForwardTile(4, 1, 32, 2, 3)],
+        64: [ForwardTile(4, 1, 32, 2, 2)],
+        128: [ForwardTile(8, 1, 24, 2, 1), ForwardTile(4, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
+        192: [ForwardTile(8, 1, 16, 2, 1, 2), ForwardTile(4, 1, 8, 2, 1, 2)],
+        256: [ForwardTile(8, 1, 8, 2, 1, 2), ForwardTile(2, 1, 8, 2, 1, 2)],
+    },
 }
 BACKWARD = {
     "16-bit": {
@@ -246,6 +276,13 @@ BACKWARD = {
         128: [BackwardTile(8, 2, 4, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1)],
         192: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
+    },
+    "float64": {
+        32: [BackwardTile(4, 1, 1, 32, 2, 1, 1, 2)],
+        64: [BackwardTile(4, 1, 1, 16, 2, 1, 1, 2), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
+        128: [BackwardTile(8, 1, 2, 32, 1, 1, 1, 1), BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 2, 1, 1, 1)],
+        192: [BackwardTile(8, 1, 4, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 16, 1, 1, 1, 1)],
+        256: [BackwardTile(8, 1, 8, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 8, 1, 1, 1, 1, query_gradient=False)],
     },
 }
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
@@ -290,8 +327,10 @@ FORWARD_SM90_STAGED_BIAS = {
 # terms feel the product of the low parts, which is left out.
 HEAD_DIMS_PARTS = ((64, 64), (96, 96), (128, 128))
 PARTS_LEAST_DIM = 33
-# Making parts pays from so many queries of a key head and so many products of two numbers on. Not timed.
-PARTS_LEAST_QUERIES, PARTS_LEAST_PRODUCTS = 256, 2**29
+# Making parts takes three launches more, and copies. It pays from so many queries of a key head on, and products of so many pairs of numbers that one
+# row of the sm80 family, or an even share of all rows, has to make one after the other. From 30 shapes on an H200, 64 to 4,096 queries.
+PARTS_LEAST_QUERIES, PARTS_LEAST_WORK = 32, {"float32": 2**16, "tf32": 2**17}
+ROWS_AT_ONCE = 132 * 128
 FORWARD_SM90_PARTS = {
     "float32": {
         64: [(math.inf, ForwardSm90Tile(3, 64, 4))],
@@ -334,6 +373,11 @@ FORWARD_WITH_OPTIONS = FORWARD | {
     },
     "tf32": FORWARD["tf32"] | {64: [ForwardTile(4, 2, 32, 2, 2)], 128: [ForwardTile(8, 1, 32, 2, 1), ForwardTile(4, 1, 32, 2, 1)]},
     "float32": FORWARD["float32"] | {64: [ForwardTile(4, 2, 16, 2, 2)], 128: [ForwardTile(4, 1, 16, 2, 2)]},
+    "float64": FORWARD["float64"]
+    | {
+        128: [ForwardTile(8, 1, 16, 2, 1), ForwardTile(4, 1, 16, 2, 1), ForwardTile(2, 1, 16, 2, 1)],
+        256: [ForwardTile(8, 1, 8, 2, 1, 4), ForwardTile(2, 1, 8, 2, 1, 2)],
+    },
 }
 BACKWARD_WITHOUT_DQ = BACKWARD | {"16-bit": BACKWARD["16-bit"] | {64: [BackwardTile(8, 2, 2, 64, 2, 2, 2, 1)]}}
 BACKWARD_WITH_OPTION = BACKWARD | {
@@ -349,6 +393,11 @@ BACKWARD_WITH_OPTION = BACKWARD | {
         128: [BackwardTile(8, 1, 2, 32, 1, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
         256: [BackwardTile(8, 1, 4, 64, 1, 1, 1, 1), BackwardTile(2, 1, 2, 32, 1, 1, 1, 1, query_gradient=False)],
     },
+    "float64": BACKWARD["float64"]
+    | {
+        64: [BackwardTile(8, 1, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 1, 2, 1, 1)],
+        128: [BackwardTile(8, 1, 2, 16, 2, 1, 1, 1), *BACKWARD["float64"][128][1:]],
+    },
 }
 BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
     "16-bit": BACKWARD_WITH_OPTION["16-bit"]
@@ -357,6 +406,12 @@ BACKWARD_WITH_OPTIONS = BACKWARD_WITH_OPTION | {
         128: [BackwardTile(8, 2, 2, 32, 2, 2, 1, 1), BackwardTile(4, 1, 2, 32, 2, 2, 1, 1)],
     },
     "float32": BACKWARD["float32"] | {64: [BackwardTile(8, 1, 2, 64, 1, 2, 2, 1), BackwardTile(4, 1, 2, 32, 2, 1, 1, 1)]},
+    "float64": BACKWARD_WITH_OPTION["float64"]
+    | {
+        32: [BackwardTile(4, 1, 1, 16, 2, 1, 1, 2)],
+        128: BACKWARD["float64"][128][1:],
+        192: [BackwardTile(8, 1, 4, 16, 2, 1, 1, 1), BackwardTile(4, 1, 4, 16, 1, 1, 1, 1)],
+    },
 }
 _QUERY_FLOAT32 = {
     32: [BackwardQueryTile(4, 1, 32, 2, 1)],
@@ -377,6 +432,13 @@ BACKWARD_QUERY = {
     },
     "tf32": _QUERY_FLOAT32,
     "float32": _QUERY_FLOAT32,
+    "float64": {
+        32: [BackwardQueryTile(4, 1, 32, 2, 2)],
+        64: [BackwardQueryTile(4, 1, 16, 2, 2)],
+        128: [BackwardQueryTile(8, 1, 16, 2, 1, 2), BackwardQueryTile(4, 1, 8, 2, 1, 2)],
+        192: [BackwardQueryTile(4, 1, 16, 2, 1, 2), BackwardQueryTile(2, 1, 8, 2, 1, 2)],
+        256: [BackwardQueryTile(8, 1, 8, 2, 1, 4), BackwardQueryTile(2, 1, 8, 1, 1, 2)],
+    },
 }
 
 
@@ -399,6 +461,13 @@ BACKWARD_BIAS = {
     },
     "tf32": _BIAS_FLOAT32,
     "float32": _BIAS_FLOAT32,
+    "float64": {
+        32: [BackwardBiasTile(4, 1, 32, 2)],
+        64: [BackwardBiasTile(4, 1, 16, 2)],
+        128: [BackwardBiasTile(4, 1, 16, 1), BackwardBiasTile(2, 1, 16, 1)],
+        192: [BackwardBiasTile(2, 1, 16, 1), BackwardBiasTile(1, 1, 16, 1)],
+        256: [BackwardBiasTile(2, 1, 16, 1), BackwardBiasTile(1, 1, 8, 1)],
+    },
 }
 
 
@@ -457,8 +526,8 @@ def parts_pay(problem):
     if narrow < PARTS_LEAST_DIM or wide > max(HEAD_DIMS_PARTS[-1]):
         return False
     queries = problem.query_length * problem.heads
-    products = math.prod(problem.batch) * queries * problem.key_length * (problem.head_dim + problem.value_dim)
-    return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and products >= PARTS_LEAST_PRODUCTS
+    work = problem.key_length * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
+    return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and work >= PARTS_LEAST_WORK[problem.precision]
 
 
 def backward_sm90(head_dim, value_dim, options):
@@ -499,6 +568,6 @@ def instances():
     """Every (tile, precision, dims) of the table."""
     for table in TABLES:
         for precision in PRECISIONS:
-            for dims in HEAD_DIMS:
+            for dims in head_dims_of(precision):
                 for tile in row(table, precision, dims):
                     yield tile, precision, dims

@@ -1,4 +1,4 @@
-// Float32 sums in device memory, result not returned; and words by which blocks take turns at them.
+// Sums in device memory, result not returned; and words by which blocks take turns at them.
 #pragma once
 #include "../types.cuh"
 
@@ -10,6 +10,11 @@ __device__ __forceinline__ void reduce_add(float* address, float x, float y) {
   atomicAdd(address, x);
   atomicAdd(address + 1, y);
 #endif
+}
+
+__device__ __forceinline__ void reduce_add(double* address, double x, double y) {
+  atomicAdd(address, x);
+  atomicAdd(address + 1, y);
 }
 
 #if __CUDA_ARCH__ >= 900

@@ -16,11 +16,21 @@ __device__ __forceinline__ u32 load_shared(u32 address) { u32 x; asm volatile("l
 __device__ __forceinline__ void load_shared(u32& x, u32& y, u32 address) {
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
 }
+__device__ __forceinline__ void load_shared(float& x, float& y, u32 address) {
+  u32 first, second;
+  load_shared(first, second, address);
+  x = __uint_as_float(first), y = __uint_as_float(second);
+}
+__device__ __forceinline__ void load_shared(double& x, u32 address) { asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory"); }
+__device__ __forceinline__ void load_shared(double& x, double& y, u32 address) {
+  asm volatile("ld.shared.v2.f64 {%0,%1}, [%2];" : "=d"(x), "=d"(y) : "r"(address) : "memory");
+}
 __device__ __forceinline__ uint4 load_shared_16_bytes(u32 address) {
   uint4 x; asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory"); return x;
 }
 __device__ __forceinline__ void store_shared(u32 address, u32 x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(x) : "memory"); }
 __device__ __forceinline__ void store_shared(u32 address, u32 x, u32 y) { asm volatile("st.shared.v2.b32 [%0], {%1,%2};" :: "r"(address), "r"(x), "r"(y) : "memory"); }
+__device__ __forceinline__ void store_shared(u32 address, double x, double y) { asm volatile("st.shared.v2.f64 [%0], {%1,%2};" :: "r"(address), "d"(x), "d"(y) : "memory"); }
 __device__ __forceinline__ void store_shared_16_bytes(u32 address, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
