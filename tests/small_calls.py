@@ -1,4 +1,4 @@
-"""Small calls of the 16-bit kernels, forward and backward, for compute-sanitizer; needs a GPU, and tests/ is no package, so from a clone:
+"""Small calls of the kernels, forward and backward, for compute-sanitizer; needs a GPU, and tests/ is no package, so from a clone:
 
     PYTHONPATH=. compute-sanitizer --tool memcheck python tests/small_calls.py
 
@@ -15,33 +15,36 @@ import numpy
 
 import cuflash
 from cuflash import cupy_backend, repeat
-from cuflash.cupy_backend import launch
+from cuflash.cupy_backend import launch, tiles
 
 DIMS = ((64, 64), (128, 128), (256, 256), (40, 24))
+DTYPES = ((numpy.float16, DIMS[:1]), (ml_dtypes.bfloat16, DIMS), (numpy.float32, DIMS[:2]), (numpy.float64, DIMS[:2]), (numpy.complex64, DIMS[:1]))
 
 
 def main():
     cupy.cuda.set_allocator(None)  # each array is an allocation of its own, whose ends are watched
     rng = numpy.random.default_rng(0)
-    calls = 0
+    calls, tiles.PARTS_LEAST_QUERIES, tiles.PARTS_LEAST_WORK = 0, 0, {"float32": 0, "tf32": 0}
     own = launch.multiprocessors
     for multiprocessors in (lambda device: 3, own):
         launch.multiprocessors = multiprocessors
         cupy_backend._plans.clear()
         repeat._calls.clear()
-        for dtype, dims in ((numpy.float16, DIMS[:1]), (ml_dtypes.bfloat16, DIMS)):
+        for dtype, dims in DTYPES:
+            parts = numpy.dtype("f4") if dtype is numpy.complex64 else dtype
 
             def normal(*shape, dtype=dtype):
-                return cupy.asarray(rng.standard_normal(shape).astype(dtype))
+                return cupy.asarray((rng.standard_normal(shape) * (1 + 1j if dtype is numpy.complex64 else 1)).astype(dtype))
 
             for head_dim, value_dim in dims:
                 q, dout = normal(2, 4, 270, head_dim), normal(2, 4, 270, value_dim)
                 k, v = normal(2, 2, 304, head_dim), normal(2, 2, 304, value_dim)
                 lengths, offsets = cupy.array([200, 300]), cupy.array([0, 100, 100, 270], numpy.int32)
-                for options in ({}, {"causal": True}, {"bias": normal(4, 270, 304)}, {"kv_lengths": lengths}, {"window": (50, 20), "softcap": 5.0}):
+                for options in ({}, {"causal": True}, {"bias": normal(4, 270, 304, dtype=parts)}, {"kv_lengths": lengths}, {"window": (50, 20), "softcap": 5.0}):
                     out, lse = cuflash.attention_forward(q, k, v, **options)
-                    cuflash.attention_backward(dout, q, k, v, out, lse, **options)
-                    calls += 2
+                    for deterministic in (False, True):
+                        cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=deterministic, **options)
+                    calls += 3
                 cuflash.attention_forward(normal(1, 8, 1, head_dim), normal(1, 2, 2000, head_dim), normal(1, 2, 2000, value_dim))
                 cuflash.attention_forward(q[0], k[0, :, :270], v[0, :, :270], cu_seqlens=(offsets, offsets), causal=True)
                 calls += 2
