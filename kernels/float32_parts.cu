@@ -107,7 +107,7 @@ template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS> __device__ __f
       *(u32*)at = high;
       if constexpr (PARTS == 2) *(u32*)(at + COLUMNS) = pack<FLOAT16>(first - to_float(half_t{(u16)high}), second - to_float(half_t{(u16)(high >> 16)}));
     }
-  if (threadIdx.x == 0) *(float*)(target + ROWS * to.row_stride) = down;
+  if (threadIdx.x == 0) *(float4*)(target + ROWS * to.row_stride) = make_float4(down, 0.0f, 0.0f, 0.0f);   // all of what a copy moves
 }
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int KEY_TILE> __global__ void __launch_bounds__(WARPS * 32) float32_parts(const __grid_constant__ Problem problem) {

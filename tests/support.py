@@ -100,13 +100,19 @@ def expected_and_dense(expected_function, dense_function, arrays, outputs_have_f
     expected = expected_function(*arrays, **options)
     parts = parts_dtype(arrays[0].dtype)
     if parts == numpy.float64:
-        # The error of a dense float64 computation cannot be measured against itself: take that of float32, at its scale.
+        # The error of a dense float64 computation cannot be measured against itself: take that of float32, at its scale, with features in both orders.
         rounded = [array.astype(numpy.complex64 if array.dtype.kind == "c" else numpy.float32) for array in arrays]
         options = {name: value.astype(numpy.float32) if is_array(value) and value.dtype == numpy.float64 else value for name, value in options.items()}
         options["precision"] = "float32"
-        pairs = zip(expected, dense_function(*rounded, **options), expected_function(*rounded, **options))
+        turned = dense_function(*(contiguous(array[..., ::-1]) for array in rounded), **options)
+        turned = [array[..., ::-1] if has else array for array, has in zip(turned, outputs_have_features)]
+        exact = expected_function(*rounded, **options)
         with numpy.errstate(invalid="ignore"):
-            return [(right, numpy.where(numpy.isinf(right), right, right + (near - own) * 2.0**-29)) for right, near, own in pairs]
+            estimates = [
+                [numpy.where(numpy.isinf(right), right, right + (near - own) * 2.0**-29) for right, near, own in zip(expected, dense, exact)]
+                for dense in (dense_function(*rounded, **options), turned)
+            ]
+        return list(zip(expected, *estimates))
     dense = [dense_function(*arrays, **options)]
     if parts == numpy.float32:
         # Once more with the features in reverse: other sums, other roundings.

@@ -246,10 +246,10 @@ class TestFloat32InParts:
         assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
 
     def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
-        q, k, v = arrays.qkv(300, 500, 64, lead=(2,))
+        q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
         options = {"q_lengths": 280, "kv_lengths": cupy.asarray([450, 70]), **arrays.options}
         expected = cuflash.attention_forward(q, k, v, **options)
-        q[:, 280:], k[0, 450:], k[1, 70:], v[0, 450:], v[1, 70:] = numpy.nan, numpy.inf, numpy.nan, numpy.nan, numpy.inf
+        q[..., 280:, :], k[0, :, 450:], k[1, :, 70:], v[0, :, 450:], v[1, :, 70:] = numpy.nan, numpy.inf, numpy.nan, numpy.nan, numpy.inf
         for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), expected):
             numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
 

@@ -44,7 +44,7 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
-HEADS_IN_ORDER = 16  # swept together at least where the blocks of a head follow each other, tile by tile, which leaves little of it in use at a time
+HEADS_IN_ORDER = 16  # swept together at least where uneven blocks of a head follow each other, tile by tile, which leaves little of it in use at a time
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
@@ -165,7 +165,7 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "last_first": last_first(problem),
         "keep_threshold": problem.keep % 65536 << 16,
     }
-    most = _range_of_sums(problem).max / 2  # kernels take it twice
+    most = float(_range_of_sums(problem).max) / 2  # kernels take it twice
     factors = {
         "keep_inverse": 65536 / problem.keep,
         "scale": problem.scale,
@@ -213,10 +213,10 @@ def last_first(problem):
 
 def sweep(problem, head_bytes, places, in_order=False):
     """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
-    fitting = L2_BYTES // max(1, head_bytes)
-    if in_order:
-        fitting = max(fitting, HEADS_IN_ORDER)
-    return max(1, min(places, fitting)) if in_order or last_first(problem) else 1
+    uneven, least = last_first(problem), 1
+    if in_order and uneven:
+        least = HEADS_IN_ORDER
+    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes)))) if in_order or uneven else 1
 
 
 def slots(problem, length, tile):
@@ -275,7 +275,7 @@ def plan_forward(problem, views, alignment):
 
 def _plan_forward_sm80(problem, views, options, alignment):
     """The same by the sm80 family."""
-    dims = tiles.head_dims(problem.head_dim, problem.value_dim)
+    dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.head_dims_of(problem.precision))
     size = tiles.element_bytes(problem.precision)
     tile = tiles.choose(tiles.forward_table(options), problem.precision, dims, shared_limit(problem.device))
     shared_bytes = tile.shared_bytes(dims, size)
