@@ -5,11 +5,12 @@
 // A block makes one group of rows; a warp has whole rows, in registers, of which a lane has two columns of each 64.
 //
 // Where parts would be less than float32 numbers the call is left to forward_sm80.cu: tile_counter[1] says so. These are groups with a NaN or an infinity,
-// with a row or a column whose largest number is more than 2^16 times smaller than that of the group (a number keeps 23 bits down to there; a column of one
-// row is a single number, which may be small by chance: 2^24), and groups so large or small that factors could leave the range of float32.
+// with a row or a column whose largest number is more than 2^16 times smaller than that of the group (a number keeps 23 bits down to there), and groups so
+// large or small that factors could leave the range of float32. Few numbers may be small by chance: a column of one row may be so by 2^24, and of eight
+// rows of few columns one may be smaller.
 #include "parts.cuh"
 
-constexpr int WARPS = 8, FARTHEST = 16, FARTHEST_ALONE = 24, MOST_EXPONENT = 60;
+constexpr int WARPS = 8, FARTHEST = 16, FARTHEST_ALONE = 24, FEW_COLUMNS = 33, MOST_EXPONENT = 60;
 
 __device__ __forceinline__ u32 size_of(float x) { return __float_as_uint(x) & 0x7fffffff; }   // ordered as sizes are, with NaN the largest
 __device__ __forceinline__ u32 exponent_of(u32 size) { return size >> 23; }                   // 0: zero, or a subnormal number, which counts as zero
@@ -90,8 +91,10 @@ template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS> __device__ __f
   const u32 exponent = exponent_of(largest);
   auto lost = [&](u32 own, int farthest) { return exponent_of(own) && exponent_of(own) + farthest < exponent; };
   bool refused = exponent && (exponent < 127 - MOST_EXPONENT || exponent > 127 + MOST_EXPONENT);
+  int lost_rows = 0;
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) refused |= lost(largest_of_row[i], FARTHEST);
+  for (int i = 0; i < OWN; ++i) lost_rows += lost(largest_of_row[i], FARTHEST);
+  refused |= lost_rows > (from.columns < FEW_COLUMNS);
   for (int column = threadIdx.x; column < COLUMNS; column += WARPS * 32) refused |= lost(largest_of_column[column], rows > 1 ? FARTHEST : FARTHEST_ALONE);
   if (refused) problem.tile_counter[1] = 1;
 

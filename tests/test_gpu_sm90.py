@@ -245,6 +245,19 @@ class TestFloat32InParts:
         v[1, 77], k[..., 3] = 1, 1
         assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
 
+    @pytest.mark.parametrize("columns", [1, 5])
+    def test_few_columns_of_values(self, arrays, columns, no_plans):
+        """A small one may be so by chance, and does not leave the call to the sm80 family; many beside a large one, which a mask hides, are not."""
+        q, k, v = arrays.qkv(500, 2000, 64, columns, lead=(2,))
+        v[0, 77], v[1, 1000], v[1, 1010] = 1e-7, 1e-8, 1e-9
+        check_forward(q, k, v, roundings=4, **arrays.options)
+        assert self.plan(no_plans)
+        options = {"mask": cupy.arange(2000) != 300, **arrays.options}
+        assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
+        v[:, 300] = 1e7
+        for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)):
+            numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
     def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
         q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
         options = {"q_lengths": 280, "kv_lengths": cupy.asarray([450, 70]), **arrays.options}

@@ -323,8 +323,8 @@ FORWARD_SM90_STAGED_BIAS = {
     192: [(math.inf, ForwardSm90Tile(2, 64, 2))],
     256: [(math.inf, ForwardSm90Tile(2, 64, 2))],
 }
-# Float32 arrays in parts: head dims up to these, and above PARTS_LEAST_DIM: narrower ones would be padded to twice their width and more, and as sums of few
-# terms feel the product of the low parts, which is left out.
+# Float32 arrays in parts: head dims up to these, and E from PARTS_LEAST_DIM on: a narrower one would be padded to twice its width and more, and scores that
+# are sums of few terms feel the product of the low parts, which is left out.
 HEAD_DIMS_PARTS = ((64, 64), (96, 96), (128, 128))
 PARTS_LEAST_DIM = 33
 # Making parts takes three launches more, and copies. It pays from so many queries of a key head on, and products of so many pairs of numbers that one
@@ -522,8 +522,7 @@ def float32_parts(precision, dims, options, key_tile):
 
 def parts_pay(problem):
     """Whether the sm90 family takes a call with float32 arrays: it has the head dims, and what making parts costs comes in again."""
-    narrow, wide = sorted((problem.head_dim, problem.value_dim))
-    if narrow < PARTS_LEAST_DIM or wide > max(HEAD_DIMS_PARTS[-1]):
+    if problem.head_dim < PARTS_LEAST_DIM or max(problem.head_dim, problem.value_dim) > max(HEAD_DIMS_PARTS[-1]):
         return False
     queries = problem.query_length * problem.heads
     work = problem.key_length * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
