@@ -90,5 +90,6 @@ __device__ __forceinline__ void store_key_gradient(const Problem& problem, const
       for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
   }
   if (problem.partial) store_floats(d, place.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
+  else if constexpr (sizeof(Element) == 4) store_float_output(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
   else store_output<PRECISION, COUNT * 8>(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
 }

@@ -28,9 +28,9 @@ template <int OPTIONS, int ROWS> struct GroupPlace {
         first(OPTIONS & PACKED ? TileOfSequence::first_slot(offsets, sequence, total, ROWS) : 0), last(tile_slots<OPTIONS>(problem, total, ROWS) - 1) {}
 
   // Group n of the sequence and its factor; where there is none, another one, whose rows then stand for no query.
-  template <int BOXES, int BOX_BYTES> __device__ __forceinline__ void load(const TensorMap& map, u32 target, u32 factor, int n, u32 barrier) const {
+  template <int BOXES, int BOX_BYTES> __device__ __forceinline__ void load(const TensorMap& map, u32 target, u32 factor, int n, u32 barrier, int more_bytes = 0) const {
     const int row = min(first + n, last) * (ROWS + 1);
-    boxes.load_rows<BOXES, BOX_BYTES>(map, target, row, barrier, FACTOR_BYTES);
+    boxes.load_rows<BOXES, BOX_BYTES>(map, target, row, barrier, FACTOR_BYTES + more_bytes);
     load_bytes(factor, rows + (row + ROWS) * row_bytes, FACTOR_BYTES, barrier);
   }
 };
@@ -55,7 +55,7 @@ __device__ __forceinline__ u32 scale_pair(u32 pair) {
   return product;
 }
 
-// D = A Bᵀ and D = A B as multiply_rows and multiply_words have them, of numbers in PARTS. What is added to D is truncated to the last bits of D: the small
+// D = A Bᵀ, D = Aᵀ B and D = A B as multiply_rows, multiply_columns and multiply_words have them, of numbers in PARTS. What is added to D is truncated to the last bits of D: the small
 // products come first. low · low is left out, 2^-24 of a term.
 template <int PARTS, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows_of_parts(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
   constexpr int BOXES = ceil_div(DEPTH, 64);
@@ -65,6 +65,16 @@ template <int PARTS, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forcei
     issue_rows<true, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at + BOXES * B_BOX);
   }
   issue_rows<PARTS == 2, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
+  wgmma_commit();
+}
+template <int PARTS, int N, int DEPTH, int A_BOX, int B_BOX>   // `a_low` and `b_low`: how far behind the high parts the low ones lie
+__device__ __forceinline__ void multiply_columns_of_parts(float (&d)[N / 8][4], u32 a_at, int a_low, u32 b_at, int b_low) {
+  wgmma_fence();
+  if constexpr (PARTS == 2) {
+    issue_columns<false, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at + a_low, b_at);
+    issue_columns<true, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at + b_low);
+  }
+  issue_columns<PARTS == 2, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   wgmma_commit();
 }
 template <int PARTS, int N, int B_BOX, int STEPS, int LOW_STEPS>

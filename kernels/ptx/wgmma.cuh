@@ -103,15 +103,18 @@ template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __fo
   issue_rows<false, PRECISION, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   wgmma_commit();
 }
-// D = Aᵀ B over DEPTH rows, both from shared memory, their rows k.
-template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_columns(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+// D = Aᵀ B, or D += Aᵀ B, over DEPTH rows, both from shared memory, their rows k. Between a fence and a commit.
+template <bool ADD, int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void issue_columns(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
   const unsigned long long a = descriptor_across_k(a_at, A_BOX), b = descriptor_across_k(b_at, B_BOX);
-  wgmma_fence();
 #pragma unroll
   for (int step = 0; step < DEPTH / 16; ++step) {
-    if (step == 0) Wgmma<PRECISION, N>::template multiply_shared_across_k<false>(d, a, b);
+    if (!ADD && step == 0) Wgmma<PRECISION, N>::template multiply_shared_across_k<false>(d, a, b);
     else Wgmma<PRECISION, N>::template multiply_shared_across_k<true>(d, a + (step * 2048 >> 4), b + (step * 2048 >> 4));
   }
+}
+template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_columns(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  wgmma_fence();
+  issue_columns<false, PRECISION, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   wgmma_commit();
 }
 // D = A B, or D += A B, A from registers, B from shared memory, its rows k. Between a fence and a commit.
