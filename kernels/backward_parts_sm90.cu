@@ -27,7 +27,7 @@
 constexpr float P_SCALE = 32768.0f;
 
 template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, int DS_STAGES> struct BackwardPartsSm90Tiles {
-  static constexpr int KEY_TILE = 64, QUERY_TILE = 64, THREADS = 384, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
+  static constexpr int KEY_TILE = 64, QUERY_TILE = 64, THREADS = 384, LOADING_REGISTERS = 40, COMPUTING_REGISTERS = 232;
   static constexpr int BOX = 64 * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, ROW_BYTES = 64 * 4;   // boxes of one part
   static constexpr int Q_BYTES = PARTS * Q_BOXES * BOX, DO_BYTES = PARTS * V_BOXES * BOX, DS_BYTES = 2 * BOX;
   static constexpr int K = 0, V = Q_BYTES, Q = V + DO_BYTES, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES;
@@ -37,7 +37,7 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
   static constexpr int K_FULL = DS_FACTORS + DS_STAGES * 8, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int P_FULL = DO_EMPTY + 8 * DO_STAGES, DS_FULL = P_FULL + 8 * DS_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8, SHARED_BYTES = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8, BLOCK = ADDED + 8, BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2}, DQ_WARPS = DQ_BOXES[1] ? 8 : 4;   // of each warpgroup, and how many warps make dQ
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_BOXES[0] == 1, "operands are whole boxes, and dQ of a warpgroup is one");
   static_assert(DS_STAGES > 1, "dQ is made one tile later");
@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   using Tiles = BackwardPartsSm90Tiles<PARTS, HEAD_DIM, VALUE_DIM, Q_STAGES, DO_STAGES, DS_STAGES>;
   using Block = KeyBlock<OPTIONS, 64, 64>;
   using Scores = float[1][8][4];
+  static_assert(sizeof(Block) <= Tiles::BLOCK_BYTES && alignof(Block) <= 8, "");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   Ring<DO_STAGES> do_ring;
   Ring<1> turn_ring;
   Ring<DS_STAGES> ds_ring, dq_ring;
-  auto p_at = [&](int n) { return base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + n / 4 * Tiles::BOX + warp * 2048 + n % 4 * 512 + lane * 16; };   // of d[n] of Pᵀ
+  auto p_at = [&](int thread, int n) { return base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + n / 4 * Tiles::BOX + thread / 32 * 2048 + n % 4 * 512 + thread % 32 * 16; };   // of d[n] of Pᵀ
   // Two numbers as words of their parts.
   auto split = [&](float first, float second, u32& high, u32& low) {
     high = pack<FLOAT16>(first, second);
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     }
   };
 
-  // The walk of a warpgroup over all tiles. start(exists, scores) issues the first product of a tile, scores or their gradients; own(place, tile, scores, sum) goes on
+  // The walk of a warpgroup over all tiles. start(exists, scores) issues the first product of a tile, scores or their gradients; own(head, tile, scores, sum) goes on
   // from there and issues dV or dK of the tile, COLUMNS wide; done(sum) is called when these are done. With MAKES_DQ it makes a box of columns of dQ.
   auto walk = [&](auto columns, auto makes_dq, int box, auto start, auto own, auto done) {
     constexpr bool MAKES_DQ = decltype(makes_dq)::value;
@@ -186,15 +187,13 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     }
 #pragma unroll 1
     for (int head = 0; head < problem.heads_per_block; ++head, dq_rows += (i64)problem.padded_queries * HEAD_DIM) {
-      Place place = block.place;
-      place.head += head;
 #pragma unroll 1
       for (int step = block.first_tile; step < block.last_tile; ++step) {
         // As in backward_sm90.cu, products that are not used spare branches around others under way.
         const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
         const int tile = block.template tile_at<IN_ORDER>(step);
         float sum[COLUMNS / 8][4];
-        own(place, tile, scores, sum);
+        own(head, tile, scores, sum);
         Scores next;   // in registers of their own: those of the last ones are free by now
         if constexpr (MAKES_DQ) {
           float dq[8][4];
@@ -232,6 +231,9 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   if (warpgroup == 0) {
     ExponentialOfParts<Exponential<PRECISION>> exponential(problem);
     float dv[VALUE_DIM / 8][4] = {};
+    Block& kept = *(Block*)(shared + Tiles::BLOCK);   // what changes of scores need to know, for want of registers
+    if (threadIdx.x == 0) kept = block;
+    named_barrier_sync(2, 128);
     walk(
         Constant<VALUE_DIM>(), Constant<1>(), 0,
         [&](bool exists, float (&s)[8][4]) {   // Sᵀ = K Qᵀ
@@ -239,15 +241,20 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           unit = k_factor * load_factor(base + Tiles::Q_FACTORS + q_ring.stage * FACTOR_BYTES);
           multiply_rows_of_parts<PARTS, 64, HEAD_DIM, Tiles::BOX, Tiles::BOX>(s, base + Tiles::K, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
         },
-        [&](const Place& place, int tile, Scores& p, float (&sum)[VALUE_DIM / 8][4]) {
-          const int first_query = tile * 64, lane_key = block.first_key + row, lane_query = first_query + lane % 4 * 2;
+        [&](int head, int tile, Scores& p, float (&sum)[VALUE_DIM / 8][4]) {
+          int thread = threadIdx.x;
+          keep_here(thread);   // what follows from it is worked out anew: registers are short where products are under way
+          const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+          const int first_query = tile * 64, lane_key = kept.first_key + row, lane_query = first_query + lane % 4 * 2;
+          Place place = kept.place;
+          place.head += head;
           Scores derivative;   // SOFTCAP alone
           if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
               for (int i = 0; i < 4; ++i) p[0][n][i] *= unit;
-            Score<PRECISION, OPTIONS>(problem, place, block.sequence).template apply<true, 1, 64>(problem, p, lane_key, lane_query, derivative);
+            Score<PRECISION, OPTIONS>(problem, place, kept.sequence).template apply<true, 1, 64>(problem, p, lane_key, lane_query, derivative);
           } else {
             exponential.set_unit(problem, unit);
           }
@@ -258,10 +265,10 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           for (int n = 0; n < 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[n][i % 2])) * P_SCALE;
-          if (first_query < block.visible.query_begin(block.first_key + 63) || first_query + 64 > block.visible.query_end(block.first_key))
-            block.visible.template hide<true, 1, 64>(p, lane_key, lane_query, 0.0f);
+          if (first_query < kept.visible.query_begin(kept.first_key + 63) || first_query + 64 > kept.visible.query_end(kept.first_key))
+            kept.visible.template hide<true, 1, 64>(p, lane_key, lane_query, 0.0f);
           if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
-            Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, 64>(
+            Dropout{(u32)place.flat(problem), (u32)kept.sequence.index}.template drop<true, 1, 64>(
                 problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
           ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
@@ -269,7 +276,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
             float x[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[i] = OPTIONS & SOFTCAP ? p[0][n][i] * derivative[0][n][i] : p[0][n][i];
-            store_shared_16_bytes(p_at(n), make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
+            store_shared_16_bytes(p_at(thread, n), make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
           }
           __syncwarp();
           arrive(Tiles::P_FULL + 8 * ds_ring.stage);
@@ -308,7 +315,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           unit = v_factor * load_factor(base + Tiles::DO_FACTORS + do_ring.stage * FACTOR_BYTES);
           multiply_rows_of_parts<PARTS, 64, VALUE_DIM, Tiles::BOX, Tiles::BOX>(dp, base + Tiles::V, uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES));
         },
-        [&](const Place&, int, Scores& scores, float (&sum)[HEAD_DIM / 8][4]) {
+        [&](int, int, Scores& scores, float (&sum)[HEAD_DIM / 8][4]) {
           float (&ds)[8][4] = scores[0];   // dPᵀ, then dSᵀ times P_SCALE
           u32 d[8][2];
 #pragma unroll
@@ -317,7 +324,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           float largest = 0.0f;
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
-            const uint4 words = load_shared_16_bytes(p_at(n));
+            const uint4 words = load_shared_16_bytes(p_at(threadIdx.x % 128, n));
             const u32 p[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
