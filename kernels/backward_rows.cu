@@ -2,7 +2,7 @@
 //
 //   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
-//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of backward_sm90's sums
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
@@ -126,13 +126,22 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ v
     const int row = piece * 16 % QUERY_TILE + lane / 4, first_column = piece * 16 / QUERY_TILE * 64;
     const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + piece * 256 + lane;
     float dq[8][4];
+    bool in_rows = false;   // of float32 arrays the sm80 family may have made the sums
+    if constexpr (sizeof(Element) == 4) in_rows = problem.tile_counter[1];
+    if (in_rows) {
+      const float* own = problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded + row) * HEAD_DIM + first_column + lane % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
+      for (int n = 0; n < 8; ++n) *(float2*)dq[n] = *(const float2*)(own + n * 8), *(float2*)(dq[n] + 2) = *(const float2*)(own + 8 * HEAD_DIM + n * 8);
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dq[n][i] = block.first + row + i / 2 * 8 < block.sequence.seeing() ? dq[n][i] * problem.scale : 0.0f;   // else 0, whatever NaN of the others came by
     if (problem.partial) store_floats(dq, place.rows<float>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, lane);
+    else if constexpr (sizeof(Element) == 4) store_float_output(dq, place.rows<Element>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, problem.dq.columns - first_column, lane);
     else store_output<PRECISION, 64>(dq, place.rows<Element>(problem.dq) + first_row * problem.dq.row_stride + first_column, problem.dq.row_stride, row, rows, problem.dq.columns - first_column, lane);
   }
 }

@@ -48,6 +48,9 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   constexpr int QUERY_COLUMNS = QUERY_TILE / Tiles::SCORE_GROUPS, HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS, VALUE_COLUMNS = VALUE_DIM / COLUMN_GROUPS;
   using Block = KeyBlock<OPTIONS, KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(128) u8 shared[];
+  if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
+    if (problem.tile_counter && !problem.tile_counter[1]) return;   // the sm90 family has made it (float32_parts.cu)
+  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int key_row = warp % Tiles::KEY_GROUPS * Tiles::WARP_KEYS, column_group = warp / Tiles::KEY_GROUPS;
   const int score_group = Tiles::SCORE_GROUPS < COLUMN_GROUPS ? column_group % Tiles::SCORE_GROUPS : column_group;   // of groups with the same scores the first stores them

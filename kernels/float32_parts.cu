@@ -1,10 +1,10 @@
-// Q, K and V of a float32 call become float16 parts (parts.cuh), which forward_sm90.cu then multiplies.
+// Q, K and V of a float32 call, and in backward dO, become float16 parts (parts.cuh), which forward_sm90.cu or backward_parts_sm90.cu then multiplies.
 //
-//   Q, K, V (batch, heads, rows, columns), any strides -> problem.dq, dk, dv: their parts, once for what is broadcast
+//   Q, K, V, dO (batch, heads, rows, columns), any strides -> problem.dq, dk, dv, out: their parts, once for what is broadcast
 //
 // A block makes one group of rows; a warp has whole rows, in registers, of which a lane has two columns of each 64.
 //
-// Where parts would be less than float32 numbers the call is left to forward_sm80.cu: tile_counter[1] says so. These are groups with a NaN or an infinity,
+// Where parts would be less than float32 numbers the call is left to the sm80 family: tile_counter[1] says so. These are groups with a NaN or an infinity,
 // with a row or a column whose largest number is more than 2^16 times smaller than that of the group (a number keeps 23 bits down to there), and groups so
 // large or small that factors could leave the range of float32. Few numbers may be small by chance: a column of one row may be so by 2^24, and of eight
 // rows of few columns one may be smaller.
@@ -116,8 +116,9 @@ template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS> __device__ __f
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int KEY_TILE> __global__ void __launch_bounds__(WARPS * 32) float32_parts(const __grid_constant__ Problem problem) {
   constexpr int PARTS = parts_of(PRECISION), Q_BOXES = ceil_div(HEAD_DIM, 64), V_BOXES = ceil_div(VALUE_DIM, 64);
   const u32 key_groups = tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE);
-  const u32 of_q = own_places(problem, problem.dq) * tile_slots<OPTIONS>(problem, problem.queries, 64), of_k = own_places(problem, problem.dk) * key_groups;
+  const u32 of_q = own_places(problem, problem.dq) * tile_slots<OPTIONS>(problem, problem.queries, 64), of_k = own_places(problem, problem.dk) * key_groups, of_v = own_places(problem, problem.dv) * key_groups;
   if (blockIdx.x < of_q) make_group<PARTS, Q_BOXES, OPTIONS, 64, false>(problem, problem.q, problem.dq, blockIdx.x);
   else if (blockIdx.x < of_q + of_k) make_group<PARTS, Q_BOXES, OPTIONS, KEY_TILE, true>(problem, problem.k, problem.dk, blockIdx.x - of_q);
-  else make_group<PARTS, V_BOXES, OPTIONS, KEY_TILE, true>(problem, problem.v, problem.dv, blockIdx.x - of_q - of_k);
+  else if (blockIdx.x < of_q + of_k + of_v) make_group<PARTS, V_BOXES, OPTIONS, KEY_TILE, true>(problem, problem.v, problem.dv, blockIdx.x - of_q - of_k);
+  else make_group<PARTS, V_BOXES, OPTIONS, 64, false>(problem, problem.dout, problem.out, blockIdx.x - of_q - of_k - of_v);
 }

@@ -23,7 +23,7 @@ struct Factors {
 };
 
 struct Problem {
-  Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk and dv are the parts of q, k and v
+  Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk, dv and out are the parts of q, k, v and dout
   Array lse, dlse;                        // one column; the row stride steps from query to query
   Array mask, bias, dbias;                // (.., queries, keys); mask in bytes
   Array alibi_slopes, sinks;              // one number for each head

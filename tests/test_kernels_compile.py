@@ -216,7 +216,9 @@ def test_row_kernels(architecture, precision):
     names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
     if architecture == "sm_90" and tiles.element_bytes(precision) == 2:
-        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS) for dims in tiles.BACKWARD_SM90 for options in rows]
+        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in tiles.BACKWARD_SM90.items() for options in rows]
+    if architecture == "sm_90" and precision in tiles.PARTS:
+        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in tiles.BACKWARD_SM90_PARTS[precision].items() for options in rows]
     assert spills("backward_rows.cu", names, architecture) == []
 
 

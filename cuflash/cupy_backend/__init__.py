@@ -269,10 +269,11 @@ def warmup(dtypes, head_dims):
                     for _, tile in tiles.FORWARD_SM90_PARTS[precision][max(own)]:
                         wanted += [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own, 0, precision))]
                         wanted += [("float32_parts.cu", tiles.float32_parts(precision, own, 0, tile.key_tile), 0)]
+                    wanted += _backward_parts(precision, head_dim)
             if backward is not None:
                 main, dims = backward
                 wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]
-                finish = tiles.backward_finish_sm90(precision, dims, 0)
+                finish = tiles.backward_finish_sm90(precision, dims, 0, main.query_tile)
             else:
                 if main.query_gradient:
                     wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
@@ -284,3 +285,11 @@ def warmup(dtypes, head_dims):
                 started = time.perf_counter()
                 modules.kernel(file, name, shared_bytes, device)
                 yield name, time.perf_counter() - started
+
+
+def _backward_parts(precision, head_dim):
+    """Kernels of the sm90 family for a backward of float32 arrays, beside those of the sm80 family, as warmup wants them."""
+    tile, dims = tiles.backward_parts(precision, head_dim, head_dim, 0)
+    kernels = [(tile.file, tile.name(precision, dims, 0, in_order), tile.shared_bytes(dims, precision)) for in_order in (False, True)]
+    kernels += [("float32_parts.cu", tiles.float32_parts(precision, dims, 0, tile.key_tile), 0)]
+    return kernels + [("backward_rows.cu", tiles.backward_finish_sm90(precision, dims, 0, tile.query_tile), 0)]

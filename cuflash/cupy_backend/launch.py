@@ -335,28 +335,51 @@ def _plan_forward_parts(problem, views, options, alignment):
     precision, device = problem.precision, problem.device
     dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_PARTS)
     tile = tiles.forward_parts(precision, dims, options, problem.query_length)
-    rows_of_groups = {"q": (problem.query_length, 64), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
-    parts, starts, boxes, size, blocks = {}, {}, {}, PARTS_HEADER, 0
-    for name, (length, rows) in rows_of_groups.items():
-        groups, dim = slots(problem, length, rows), dims[name == "v"]
-        parts[name], places = _layout_of_parts(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
-        starts[name], boxes[name] = size, (groups * (rows + 1), rows)
-        size += places * groups * (rows + 1) * parts[name][3] * 2
-        blocks += places * groups
-    of_parts = views | parts
-    maps = _maps_of(problem, numpy.frombuffer(argument(problem, of_parts, alignment=alignment), LAYOUT)[0], boxes)
-    if None in maps:
+    parts = Parts(problem, views, ("q", "k", "v"), dims, tile.key_tile, options, alignment)
+    if parts.maps is None:
         log.info("forward: TMA cannot read the parts of these arrays; taken by the sm80 family")
         return None
-    packed = argument(problem, views | {f"d{name}": layout for name, layout in parts.items()})
-    kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, tile.key_tile), 0, device)
-    split = Launch(kernel, blocks, 256, 0, packed)
     shared_bytes = tile.shared_bytes(dims, options, precision)
     kernel = modules.kernel(tile.file, tile.name(precision, dims, options), shared_bytes, device)
-    packed = argument(problem, of_parts, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)
+    packed = argument(problem, parts.views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)
     most = min(_query_tiles(problem, tile), multiprocessors(device))
-    main = Launch(kernel, most, tile.threads, shared_bytes, packed, tensormap.TensorMaps("float16", maps))
-    return PartsForward(split, main, _plan_forward_sm80(problem, views, options, alignment), starts, size)
+    main = Launch(kernel, most, tile.threads, shared_bytes, packed, parts.maps)
+    return PartsForward(parts, main, _plan_forward_sm80(problem, views, options, alignment))
+
+
+PARTS_HEADER = 256  # bytes in front of the parts, for a counter of tiles and the word that says whether parts will not do
+PARTS_TARGETS = {"q": "dq", "k": "dk", "v": "dv", "dout": "out"}  # the views that kernels/float32_parts.cu writes the parts of these to
+
+
+class Parts:
+    """Float32 arrays as float16 parts: the launch that makes them, and the arrays of a call with these in their places."""
+
+    def __init__(self, problem, views, names, dims, key_tile, options, alignment):
+        precision, boxes, blocks = problem.precision, {}, 0
+        self.starts, self.size, layouts = {}, PARTS_HEADER, {}
+        for name in names:
+            length, rows = (problem.key_length, key_tile) if name in ("k", "v") else (problem.query_length, 64)
+            groups, dim = slots(problem, length, rows), dims[name in ("v", "dout")]
+            layouts[name], places = _layout_of_parts(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
+            self.starts[name], boxes[name] = self.size, (groups * (rows + 1), rows)
+            self.size += places * groups * (rows + 1) * layouts[name][3] * 2
+            blocks += places * groups
+        self.views = views | layouts
+        maps = _maps_of(problem, numpy.frombuffer(argument(problem, self.views, alignment=alignment), LAYOUT)[0], boxes)
+        self.maps = None if None in maps else tensormap.TensorMaps("float16", maps)
+        if self.maps is not None:
+            packed = argument(problem, views | {PARTS_TARGETS[name]: layout for name, layout in layouts.items()})
+            kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, key_tile), 0, problem.device)
+            self.split = Launch(kernel, blocks, 256, 0, packed)
+
+    def __call__(self, words):
+        """Makes the parts. Words for the arrays as they are, the same for their parts, and the memory that these lie in."""
+        memory = cupy.cuda.alloc(self.size)
+        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
+        words = words | {"tile_counter": memory.ptr}
+        parts = {name: memory.ptr + start for name, start in self.starts.items()}
+        self.split(words | {PARTS_TARGETS[name]: address for name, address in parts.items()})
+        return words, words | parts, memory
 
 
 def _layout_of_parts(layout, rows, columns):
@@ -369,25 +392,31 @@ def _layout_of_parts(layout, rows, columns):
     return (lead, tuple(own[::-1]), (columns, 1), columns), places
 
 
-PARTS_HEADER = 256  # bytes in front of the parts, for a counter of tiles and the word that says whether parts will not do
-
-
 class PartsForward:
     """Float32 arrays become parts, and the sm90 family takes those; or the sm80 family the arrays, where parts will not do. Only the GPU knows which."""
 
     counts = False
 
-    def __init__(self, split, main, without_parts, starts, size):
-        self.split, self.main, self.without_parts, self.starts, self.size = split, main, without_parts, starts, size
+    def __init__(self, parts, main, without_parts):
+        self.parts, self.main, self.without_parts = parts, main, without_parts
 
     def __call__(self, words):
-        memory = cupy.cuda.alloc(self.size)
-        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
-        words = words | {"tile_counter": memory.ptr}
-        parts = {name: memory.ptr + start for name, start in self.starts.items()}
-        self.split(words | {f"d{name}": address for name, address in parts.items()})
-        self.main(words | parts)
+        words, of_parts, memory = self.parts(words)
+        self.main(of_parts)
         self.without_parts(words)
+
+
+class PartsBackward:
+    """The same for a backward, up to dQ, which is finished from what either family summed, or (`query`) made by a kernel of its own where that was sm80."""
+
+    def __init__(self, parts, main, without_parts, finish, query):
+        self.parts, self.main, self.after = parts, main, [step for step in (without_parts, finish, query) if step is not None]
+
+    def __call__(self, words):
+        words, of_parts, memory = self.parts(words)
+        self.main(of_parts)
+        for step in self.after:
+            step(words)
 
 
 def _splits_of_keys(problem, dims, options):
@@ -458,16 +487,23 @@ class BackwardPlan:
         options &= ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
 
-        main, maps = tiles.choose(tiles.backward_table(options), precision, dims, limit), None
-        if family(device)[0] == "sm90" and size == 2 and problem.key_length and problem.query_length:
-            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
-            maps = None if own is None else _maps_of_backward(problem, views, own[0])
+        main, maps, float32_parts = tiles.choose(tiles.backward_table(options), precision, dims, limit), None, None
+        if family(device)[0] == "sm90" and problem.key_length and problem.query_length and (size == 2 or (size == 4 and tiles.parts_pay(problem))):
+            if size == 2:
+                own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
+                maps = None if own is None else _maps_of_backward(problem, views, own[0])
+            else:
+                own = tiles.backward_parts(precision, problem.head_dim, problem.value_dim, options)
+                if own is not None:
+                    float32_parts = Parts(problem, views, ("q", "k", "v", "dout"), own[1], own[0].key_tile, options, ())
+                    maps = float32_parts.maps
             if maps is not None:
                 main, dims = own
             else:
                 log.info(
                     "backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else "TMA cannot read these strides"
                 )
+        in_parts = float32_parts is not None and maps is not None
         self.dims = dims
         # dQ comes from sums over the key blocks, in no fixed order or (sm90) in theirs, or (sm80) from a kernel of its own.
         self.in_order = problem.deterministic and maps is not None
@@ -476,7 +512,11 @@ class BackwardPlan:
             main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
         bias_tile = None if problem.bias is None else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
-        padding = max(ROWS_PER_BLOCK, main.query_tile, query.query_tile if self.separate_dq else 0, bias_tile.query_tile if bias_tile else 0)
+        readers = [main, *([query] if self.separate_dq or (in_parts and self.in_order) else []), *([bias_tile] if bias_tile else [])]
+        if in_parts:  # the sm80 family stands by
+            standby = tiles.choose(tiles.backward_table(options, with_dq=not self.in_order), precision, dims, limit)
+            readers.append(standby)
+        padding = max(ROWS_PER_BLOCK, *(tile.query_tile for tile in readers))
         padded = slots(problem, problem.query_length, padding) * padding
         self.rows = places * padded  # of row_lse, row_d and row_sink
         self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
@@ -505,7 +545,8 @@ class BackwardPlan:
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         rows = {"padded_queries": padded, "padding": padding}
-        packed = argument(problem, {**views, **parts}, heads, alignment, partial=self.key_parts, sweep_heads=sweep_heads, **rows, **grid)
+        numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
+        packed = argument(problem, {**views, **parts}, heads, alignment, **numbers)
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
@@ -516,25 +557,33 @@ class BackwardPlan:
         self.main = self.query = self.finish = self.bias = None
         if not problem.key_length:
             return
+
+        def launch_sm80(tile, with_dq):
+            blocks = places // together * slots(problem, problem.key_length, tile.key_tile)
+            return launch(tile.file, tile.name(precision, dims, options, with_dq), blocks, tile.threads, tile.shared_bytes(dims, size))
+
         if maps is None:
-            name, shared_bytes, mapping = main.name(precision, dims, options, not self.separate_dq), main.shared_bytes(dims, size), {}
+            self.main = launch_sm80(main, not self.separate_dq)
         else:
-            name, shared_bytes = main.name(precision, dims, options, self.in_order), main.shared_bytes(dims, self.in_order)
-            mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
-        self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping)
+            name, shared_bytes = main.name(precision, dims, options, self.in_order), main.shared_bytes(dims, precision if in_parts else self.in_order)
+            own_argument = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers) if in_parts else packed
+            self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, own_argument, maps=maps, mapped=("q", "k", "v", "dout"))
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
         packed = argument(problem, {**views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, **rows)
-        if self.separate_dq:
+        if self.separate_dq or (in_parts and self.in_order):
             blocks = places * slots(problem, problem.query_length, query.query_tile)
             self.query = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
-        elif self.finishes:
+        if self.finishes:
             row_options &= ~tiles.SINKS
             name, blocks = f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks
             if maps is not None:
-                name, blocks = tiles.backward_finish_sm90(precision, dims, row_options), places * padded // main.query_tile
+                name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
             self.finish = launch("backward_rows.cu", name, blocks, 256, 0, packed)
+        if in_parts:
+            self.main = PartsBackward(float32_parts, self.main, launch_sm80(standby, not self.in_order), self.finish, self.query)
+            self.finish = self.query = None
         if problem.bias is not None:
             self._plan_bias(problem, views, alignment, bias_tile, options, rows)
 

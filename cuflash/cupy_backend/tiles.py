@@ -187,6 +187,20 @@ class BackwardWideSm90Tile(_Parameters):
 
 
 @dataclasses.dataclass(frozen=True)
+class BackwardPartsSm90Tile(_Parameters):
+    query_stages: int
+    output_stages: int  # of dO
+    score_stages: int  # of P, and then dS
+
+    kernel, threads, key_tile, query_tile = "backward_parts_sm90", 384, 64, 64
+
+    def shared_bytes(self, dims, precision):
+        rows = 64 * PARTS[precision] * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1])
+        stages = self.query_stages + self.output_stages
+        return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + 8 * (2 + 2) + 128
+
+
+@dataclasses.dataclass(frozen=True)
 class BackwardQueryTile(_TileOfQueries):
     key_tile: int
     stages: int
@@ -359,6 +373,11 @@ BACKWARD_SM90 = {
     (128, 128): BackwardSm90Tile(64, 2, 2),
     (192, 192): BackwardWideSm90Tile(2, 2),
     (256, 256): BackwardWideSm90Tile(2, 2),
+}
+# Float32 arrays in parts; not timed against others.
+BACKWARD_SM90_PARTS = {
+    "float32": {(64, 64): BackwardPartsSm90Tile(3, 3, 4), (128, 128): BackwardPartsSm90Tile(2, 2, 2)},
+    "tf32": {(64, 64): BackwardPartsSm90Tile(4, 4, 4), (128, 128): BackwardPartsSm90Tile(3, 3, 4)},
 }
 # Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
@@ -543,9 +562,16 @@ def backward_sm90(head_dim, value_dim, options):
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
 
 
-def backward_finish_sm90(precision, dims, options):
+def backward_parts(precision, head_dim, value_dim, options):
+    """(tile, dims) of the sm90 family for a call with float32 arrays, or None where the sm80 family has to take it."""
+    dims = next((dims for dims in BACKWARD_SM90_PARTS[precision] if head_dim <= dims[0] and value_dim <= dims[1]), None)
+    fits = _changes_of_scores(options & ~SCALE_FIRST) < 2  # what leaves enough registers
+    return (BACKWARD_SM90_PARTS[precision][dims], dims) if dims and fits else None
+
+
+def backward_finish_sm90(precision, dims, options, query_tile):
     """The kernel that makes dQ of what the sm90 family summed."""
-    return f"backward_finish_sm90<{_arguments(PRECISIONS[precision], dims[0], options, BACKWARD_SM90[dims].query_tile)}>"
+    return f"backward_finish_sm90<{_arguments(PRECISIONS[precision], dims[0], options, query_tile)}>"
 
 
 def row(table, precision, dims):
