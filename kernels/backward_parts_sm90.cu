@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
         [&](bool exists, float (&s)[8][4]) {   // Sᵀ = K Qᵀ
           if (exists) q_ring.wait_full(base + Tiles::Q_FULL);
           unit = k_factor * load_factor(base + Tiles::Q_FACTORS + q_ring.stage * FACTOR_BYTES);
-          multiply_rows_of_parts<PARTS, 64, HEAD_DIM, Tiles::BOX, Tiles::BOX>(s, base + Tiles::K, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
+          // With the bits of the forward pass: lse is large where scores are, and only of the same scores it leaves the right P.
+          multiply_rows_of_parts<PARTS, 64, HEAD_DIM, Tiles::BOX, Tiles::BOX, true>(s, base + Tiles::K, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
         },
         [&](int head, int tile, Scores& p, float (&sum)[VALUE_DIM / 8][4]) {
           int thread = threadIdx.x;

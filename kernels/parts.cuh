@@ -56,13 +56,13 @@ __device__ __forceinline__ u32 scale_pair(u32 pair) {
 }
 
 // D = A Bᵀ, D = Aᵀ B and D = A B as multiply_rows, multiply_columns and multiply_words have them, of numbers in PARTS. What is added to D is truncated to the last bits of D: the small
-// products come first. low · low is left out, 2^-24 of a term.
-template <int PARTS, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows_of_parts(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
-  constexpr int BOXES = ceil_div(DEPTH, 64);
+// products come first. low · low is left out, 2^-24 of a term. TURNED: the bits of B Aᵀ, transposed.
+template <int PARTS, int N, int DEPTH, int A_BOX, int B_BOX, bool TURNED = false> __device__ __forceinline__ void multiply_rows_of_parts(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  constexpr int BOXES = ceil_div(DEPTH, 64), FIRST_A = TURNED ? 0 : BOXES * A_BOX, FIRST_B = TURNED ? BOXES * B_BOX : 0;
   wgmma_fence();
   if constexpr (PARTS == 2) {
-    issue_rows<false, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at + BOXES * A_BOX, b_at);
-    issue_rows<true, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at + BOXES * B_BOX);
+    issue_rows<false, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at + FIRST_A, b_at + FIRST_B);
+    issue_rows<true, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at + BOXES * A_BOX - FIRST_A, b_at + BOXES * B_BOX - FIRST_B);
   }
   issue_rows<PARTS == 2, FLOAT16, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   wgmma_commit();
