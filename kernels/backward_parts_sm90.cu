@@ -26,6 +26,13 @@
 
 constexpr float P_SCALE = 32768.0f;
 
+// As pack, but what is too large for float16 becomes the largest number: P is above 1 where scores are so large that lse is not exact, as in any float32 computation.
+__device__ __forceinline__ u32 pack_finite(float first, float second) {
+  u32 packed;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+
 template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, int DS_STAGES> struct BackwardPartsSm90Tiles {
   static constexpr int KEY_TILE = 64, QUERY_TILE = 64, THREADS = 384, LOADING_REGISTERS = 40, COMPUTING_REGISTERS = 232;
   static constexpr int BOX = 64 * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, ROW_BYTES = 64 * 4;   // boxes of one part
@@ -130,9 +137,9 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   Ring<DS_STAGES> ds_ring, dq_ring;
   auto p_at = [&](int thread, int n) { return base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + n / 4 * Tiles::BOX + thread / 32 * 2048 + n % 4 * 512 + thread % 32 * 16; };   // of d[n] of Pᵀ
   // Two numbers as words of their parts.
-  auto split = [&](float first, float second, u32& high, u32& low) {
-    high = pack<FLOAT16>(first, second);
-    if constexpr (PARTS == 2) low = pack<FLOAT16>(first - to_float(half_t{(u16)high}), second - to_float(half_t{(u16)(high >> 16)}));
+  auto split = [&](auto pack, float first, float second, u32& high, u32& low) {
+    high = pack(first, second);
+    if constexpr (PARTS == 2) low = pack(first - to_float(half_t{(u16)high}), second - to_float(half_t{(u16)(high >> 16)}));
   };
   auto add_to = [&](auto& total, auto& own, float factor) {
     pin(own);
@@ -291,7 +298,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
             for (int half = 0; half < 2; ++half) {
               float weight[2] = {p[0][n][2 * half], p[0][n][2 * half + 1]};
               if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = weight[0] < 0 ? 0 : weight[0], weight[1] = weight[1] < 0 ? 0 : weight[1];
-              split(weight[0], weight[1], high[n / 2][n % 2 * 2 + half], low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half]);
+              split(pack_finite, weight[0], weight[1], high[n / 2][n % 2 * 2 + half], low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half]);
             }
           do_ring.wait_full(base + Tiles::DO_FULL);
           factor = load_factor(base + Tiles::DO_FACTORS + do_ring.stage * FACTOR_BYTES) * (1.0f / P_SCALE);
@@ -352,7 +359,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
             for (int half = 0; half < 2; ++half) {
               u32& high_word = high[n / 2][n % 2 * 2 + half];
               u32& low_word = low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half];
-              split(ds[n][2 * half] * up, ds[n][2 * half + 1] * up, high_word, low_word);
+              split(pack<FLOAT16>, ds[n][2 * half] * up, ds[n][2 * half + 1] * up, high_word, low_word);
               store_shared(ds_at + half * 8 * 128 + (n << 4 ^ swizzle), high_word);
               if constexpr (PARTS == 2) store_shared(ds_at + Tiles::BOX + half * 8 * 128 + (n << 4 ^ swizzle), low_word);
             }

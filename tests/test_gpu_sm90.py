@@ -165,12 +165,8 @@ def test_what_tma_cannot_read_is_taken_by_sm80_and_logged(arrays, no_plans, capl
     assert any("TMA cannot read these strides; taken by the sm80 family" in record.getMessage() for record in caplog.records)
 
 
-class TestFloat32InParts:
+class InParts:
     """Float32 arrays as float16 numbers (kernels/parts.cuh), in calls of any size."""
-
-    TABLES = tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS
-    ROWS = tuple((precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items())
-    TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
 
     @pytest.fixture(autouse=True)
     def always(self, no_plans, monkeypatch):
@@ -181,6 +177,12 @@ class TestFloat32InParts:
     @pytest.fixture(params=["float32", "tf32"])
     def arrays(self, request, seed):
         return Arrays(cupy, request.param, seed)
+
+
+class TestFloat32InParts(InParts):
+    TABLES = tiles.FORWARD_SM90_PARTS, tiles.FORWARD_SM90_PARTS_WITH_OPTIONS
+    ROWS = tuple((precision, dim, row) for table in TABLES for precision, rows in table.items() for dim, row in rows.items())
+    TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
 
     def plan(self, no_plans):
         return next(plan for plan in no_plans.values() if isinstance(plan, launch.PartsForward))
@@ -275,6 +277,101 @@ class TestFloat32InParts:
         for _ in range(1000):
             own, own_lse = cuflash.attention_forward(q, k, v, causal=causal, **arrays.options)
             differs |= (own != out).any() | (own_lse != lse).any()
+        assert not differs
+
+
+class TestBackwardOfFloat32InParts(InParts):
+    def plan(self, no_plans):
+        return next(plan.main for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
+    @staticmethod
+    def gradients(dout, q, k, v, family="sm90", **options):
+        """By this family, of a forward by the sm80 family: so both are given the same out and lse."""
+
+        def by(family, call, *arrays):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launch, "family", lambda device: (family, "the test asks for it"))
+                cupy_backend._plans.clear()
+                repeat._calls.clear()
+                return call(*arrays, **options)
+
+        return by(family, cuflash.attention_backward, dout, q, k, v, *by("sm80", cuflash.attention_forward, q, k, v))
+
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}, {"deterministic": True, "causal": True}], ids=str)
+    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("blocks", [1, 10**6])
+    def test_every_tile(self, arrays, dim, options, blocks, no_plans, monkeypatch):
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: blocks)
+        for length, keys in ((700, 900), (65, 300), (300, 5), (1, 1)):
+            q, k, v = arrays.normal(2, 4, length, dim), arrays.normal(2, 2, keys, dim), arrays.normal(2, 2, keys, dim)
+            dlse = arrays.normal(2, 4, length, dtype=arrays.lse_dtype)
+            check_backward(arrays.normal(2, 4, length, dim), q, k, v, dlse=dlse, roundings=8, **options, **arrays.options)
+            assert isinstance(self.plan(no_plans), launch.PartsBackward)
+
+    @pytest.mark.parametrize("name", [*NAMES, "all"])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_options(self, arrays, head_dim, name, no_plans):
+        """Each beside those that say which scores there are; of all together the sm80 family has to take it."""
+        q, k, v = arrays.qkv(300, 500, head_dim, lead=(2, 4))
+        options = dict(arrays.options)
+        for own in NAMES if name == "all" else [name, "kv_lengths", "window"]:
+            options |= option(own, arrays, (2,), 4, 300, 500)
+        check_backward(arrays.normal(2, 4, 300, head_dim), q, k, v, roundings=8, both=True, **options)
+        assert isinstance(self.plan(no_plans), launch.PartsBackward) == (name != "all")
+
+    @pytest.mark.parametrize("amplitude", [1e-6, 1.0, 10.0, 100.0])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_sizes_of_numbers(self, arrays, head_dim, amplitude):
+        q, k, v = (array * numpy.float32(amplitude) for array in arrays.qkv(500, 2000, head_dim, lead=(2,)))
+        dout = arrays.normal(2, 500, head_dim)
+        v[:, 700, 3] *= 1000
+        dout[:, 300, 5] *= 1000
+        check_backward(dout, q, k, v, **arrays.options)
+
+    @pytest.mark.parametrize("what", ["nan", "inf", "a small row", "a small column", "hidden and large", "too large"])
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_what_parts_cannot_hold_is_taken_by_sm80(self, what, deterministic, seed, no_plans):
+        arrays = Arrays(cupy, "float32", seed)
+        q, k, v = arrays.qkv(64, 64, 64, lead=(2,))  # a tile each, so that the sums are in one order
+        dout = arrays.normal(2, 64, 64)
+        options = {"mask": cupy.arange(64) < 60, "deterministic": deterministic}
+        if what in ("nan", "inf"):
+            dout[1, 7, 5] = float(what)
+        elif what == "a small row":
+            dout[1, 7] *= 1e-7
+        elif what == "a small column":
+            k[..., 3] *= 1e-7
+        else:
+            v[1, 62, 5] = 1e9 if what == "hidden and large" else 1e30
+        expected = self.gradients(dout, q, k, v, "sm80", **options)
+        for own, wanted in zip(self.gradients(dout, q, k, v, **options), expected):
+            numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+        assert isinstance(self.plan(no_plans), launch.PartsBackward)
+        good = arrays.normal(2, 64, 64), *arrays.qkv(64, 64, 64, lead=(2,))
+        pairs = zip(self.gradients(*good, **options), self.gradients(*good, "sm80", **options))
+        assert any((own != wanted).any() for own, wanted in pairs)
+
+    def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
+        q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
+        dout = arrays.normal(2, 3, 300, 64)
+        options = {"q_lengths": 280, "kv_lengths": cupy.asarray([450, 70]), "deterministic": True, **arrays.options}
+        expected = self.gradients(dout, q, k, v, **options)
+        for array in (q, dout):
+            array[..., 280:, :] = numpy.nan
+        k[0, :, 450:], k[1, :, 70:], v[0, :, 450:], v[1, :, 70:] = numpy.inf, numpy.nan, numpy.nan, numpy.inf
+        for own, wanted in zip(self.gradients(dout, q, k, v, **options), expected):
+            numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_a_thousand_runs_are_equal(self, arrays, causal, monkeypatch):
+        q, k, v = arrays.qkv(500, 500, 128, lead=(2, 8))
+        dout, options = arrays.normal(2, 8, 500, 128), {"causal": causal, "deterministic": True, **arrays.options}
+        out, lse = cuflash.attention_forward(q, k, v, causal=causal, **arrays.options)
+        first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+        differs = cupy.zeros((), bool)
+        for _ in range(1000):
+            for own, wanted in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), first):
+                differs |= (own != wanted).any()
         assert not differs
 
 

@@ -163,6 +163,29 @@ def test_backward_instances_of_sm90(precision, dims):
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
 
 
+@pytest.mark.parametrize("precision", tiles.PARTS)
+def test_backward_instances_of_sm90_for_float32(precision):
+    which, scaled = WHICH_SCORES & ~tiles.SINKS, tiles.BIAS | tiles.SCALE_FIRST
+    changes = (0, tiles.SOFTCAP, scaled, tiles.ALIBI | tiles.SCALE_FIRST, tiles.DROPOUT) if precision == "float32" else (0, scaled)
+    names = []
+    for dims in tiles.BACKWARD_SM90_PARTS[precision]:
+        for in_order, own in ((False, 0), (True, which), *((False, own | which) for own in changes)):
+            tile, _ = tiles.backward_parts(precision, *dims, own)
+            names.append(tile.name(precision, dims, own, in_order))
+    assert spills("backward_parts_sm90.cu", names, "sm_90a") == []
+
+
+def test_sizes_of_sm90_backward_tiles_for_float32():
+    conditions = []
+    for precision, rows in tiles.BACKWARD_SM90_PARTS.items():
+        for dims, tile in rows.items():
+            assert tile.shared_bytes(dims, precision) <= SHARED_LIMITS["sm_90"]
+            struct = f"BackwardPartsSm90Tiles<{', '.join(map(str, (tiles.PARTS[precision], *dims, *dataclasses.astuple(tile))))}>"
+            sizes = {"SHARED_BYTES": tile.shared_bytes(dims, precision), "THREADS": tile.threads, "KEY_TILE": tile.key_tile, "QUERY_TILE": tile.query_tile}
+            conditions += [f"{struct}::{name} == {value}" for name, value in sizes.items()]
+    compile_program(program_of_assertions("backward_parts_sm90.cu", conditions), architecture="sm_90a")
+
+
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
 def test_sizes_of_sm90_backward_tiles(dims, in_order):
@@ -215,10 +238,9 @@ def test_row_kernels(architecture, precision):
     rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
     names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
-    if architecture == "sm_90" and tiles.element_bytes(precision) == 2:
-        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in tiles.BACKWARD_SM90.items() for options in rows]
-    if architecture == "sm_90" and precision in tiles.PARTS:
-        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in tiles.BACKWARD_SM90_PARTS[precision].items() for options in rows]
+    if architecture == "sm_90" and precision != "float64":
+        sm90 = tiles.BACKWARD_SM90_PARTS[precision] if precision in tiles.PARTS else tiles.BACKWARD_SM90
+        names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in sm90.items() for options in rows]
     assert spills("backward_rows.cu", names, architecture) == []
 
 

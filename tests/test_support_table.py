@@ -101,8 +101,9 @@ def test_what_the_table_says_works(seed, name, family, precision, request):
         assert (check_forward(q, k, v, roundings=4, **options)[0] != plain).any(), "the option changes nothing"
     gradients = check_backward(arrays.normal(HEADS, LENGTH, head_dim), q, k, v, roundings=4, **options)
     if family == "sm90":
-        in_parts = precision in ("float32", "tf32", "complex64")  # of which the sm80 family's kernel stands by, and has backward
-        assert {"forward_sm90.cu", "backward_sm90.cu" if "backward" in says and not in_parts else "backward_sm80.cu"} <= set(taken)
+        in_parts = precision in ("float32", "tf32", "complex64")  # of which the sm80 family's kernels stand by
+        backward = "backward_parts_sm90.cu" if in_parts else "backward_sm90.cu"
+        assert {"forward_sm90.cu", backward if "backward" in says else "backward_sm80.cu"} <= set(taken)
         assert ("forward_sm80.cu" in taken) == in_parts
         return
     assert "backward" in says

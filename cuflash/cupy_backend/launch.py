@@ -401,7 +401,7 @@ class PartsForward:
         self.parts, self.main, self.without_parts = parts, main, without_parts
 
     def __call__(self, words):
-        words, of_parts, memory = self.parts(words)
+        words, of_parts, _memory = self.parts(words)
         self.main(of_parts)
         self.without_parts(words)
 
@@ -413,7 +413,7 @@ class PartsBackward:
         self.parts, self.main, self.after = parts, main, [step for step in (without_parts, finish, query) if step is not None]
 
     def __call__(self, words):
-        words, of_parts, memory = self.parts(words)
+        words, of_parts, _memory = self.parts(words)
         self.main(of_parts)
         for step in self.after:
             step(words)
@@ -566,8 +566,10 @@ class BackwardPlan:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
             name, shared_bytes = main.name(precision, dims, options, self.in_order), main.shared_bytes(dims, precision if in_parts else self.in_order)
-            own_argument = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers) if in_parts else packed
-            self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, own_argument, maps=maps, mapped=("q", "k", "v", "dout"))
+            mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
+            if in_parts:
+                mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
+            self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping)
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
