@@ -372,14 +372,13 @@ class Parts:
             kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, key_tile), 0, problem.device)
             self.split = Launch(kernel, blocks, 256, 0, packed)
 
-    def __call__(self, words):
-        """Makes the parts. Words for the arrays as they are, the same for their parts, and the memory that these lie in."""
-        memory = cupy.cuda.alloc(self.size)
-        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
-        words = words | {"tile_counter": memory.ptr}
-        parts = {name: memory.ptr + start for name, start in self.starts.items()}
+    def __call__(self, words, memory):
+        """Makes the parts in `size` bytes from address `memory` on; words for launches that take the arrays as they are, and that take their parts."""
+        cupy.cuda.runtime.memsetAsync(memory, 0, 8, cupy.cuda.get_current_stream().ptr)
+        words = words | {"tile_counter": memory}
+        parts = {name: memory + start for name, start in self.starts.items()}
         self.split(words | {PARTS_TARGETS[name]: address for name, address in parts.items()})
-        return words, words | parts, memory
+        return words, words | parts
 
 
 def _layout_of_parts(layout, rows, columns):
@@ -401,7 +400,8 @@ class PartsForward:
         self.parts, self.main, self.without_parts = parts, main, without_parts
 
     def __call__(self, words):
-        words, of_parts, _memory = self.parts(words)
+        memory = cupy.cuda.alloc(self.parts.size)
+        words, of_parts = self.parts(words, memory.ptr)
         self.main(of_parts)
         self.without_parts(words)
 
@@ -413,7 +413,8 @@ class PartsBackward:
         self.parts, self.main, self.after = parts, main, [step for step in (without_parts, finish, query) if step is not None]
 
     def __call__(self, words):
-        words, of_parts, _memory = self.parts(words)
+        memory = cupy.cuda.alloc(self.parts.size)
+        words, of_parts = self.parts(words, memory.ptr)
         self.main(of_parts)
         for step in self.after:
             step(words)
