@@ -14,7 +14,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled; each tile's parts after one another):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x (Pᵀ, float32 in the order of registers, then dSᵀ  64 keys x 64 queries) | Q_STAGES x lse | DO_STAGES x D
-//   | factors of K, of V, of each stage of Q and of dO | of each dSᵀ: the largest of each warp, and its factor | barriers
+//   | factors of K, of V, of each stage of Q and of dO | of each dSᵀ: the largest of each warp, and its factor | barriers | KeyBlock
 //
 // Order of waits, tile t.
 //   Warpgroup 0, with Sᵀ(t) done: lse read -> place for Pᵀ empty (its dQ(t - DS_STAGES) done), Pᵀ written, and full; Q empty -> dO full, dV issued -> dSᵀ(t - 1) full, its
@@ -44,7 +44,8 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
   static constexpr int K_FULL = DS_FACTORS + DS_STAGES * 8, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int P_FULL = DO_EMPTY + 8 * DO_STAGES, DS_FULL = P_FULL + 8 * DS_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8, BLOCK = ADDED + 8, BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int BLOCK = ADDED + 8, BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2}, DQ_WARPS = DQ_BOXES[1] ? 8 : 4;   // of each warpgroup, and how many warps make dQ
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_BOXES[0] == 1, "operands are whole boxes, and dQ of a warpgroup is one");
   static_assert(DS_STAGES > 1, "dQ is made one tile later");
@@ -238,8 +239,8 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   if (warpgroup == 0) {
     ExponentialOfParts<Exponential<PRECISION>> exponential(problem);
     float dv[VALUE_DIM / 8][4] = {};
-    Block& kept = *(Block*)(shared + Tiles::BLOCK);   // what changes of scores need to know, for want of registers
-    if (threadIdx.x == 0) kept = block;
+    if (threadIdx.x == 0) *(Block*)(shared + Tiles::BLOCK) = block;
+    const Block& kept = *(const Block*)(shared + Tiles::BLOCK);   // read where it is needed, for want of registers
     named_barrier_sync(2, 128);
     walk(
         Constant<VALUE_DIM>(), Constant<1>(), 0,

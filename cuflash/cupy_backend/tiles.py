@@ -345,6 +345,7 @@ PARTS_LEAST_DIM = 33
 # row of the sm80 family, or an even share of all rows, has to make one after the other. From 30 shapes on an H200, 64 to 4,096 queries.
 PARTS_LEAST_QUERIES, PARTS_LEAST_WORK = 32, {"float32": 2**16, "tf32": 2**17}
 ROWS_AT_ONCE = 132 * 128
+# Key tiles are 64 keys, as backward's groups are: of the same parts backward makes the scores that lse is of, bit by bit.
 FORWARD_SM90_PARTS = {
     "float32": {
         64: [(math.inf, ForwardSm90Tile(3, 64, 4))],
