@@ -245,6 +245,29 @@ class TestFloat32InParts:
         v[1, 77], k[..., 3] = 1, 1
         assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
 
+    def test_a_graph_decides_by_what_it_finds(self, arrays):
+        """Captured with one content, replayed with others: parts, the sm80 family for a NaN, and parts again."""
+        ordinary = arrays.qkv(300, 500, 64, lead=(2,))
+        spoilt = *ordinary[:2], ordinary[2].copy()
+        spoilt[2][1, 77, 5] = numpy.nan
+        expected = [cuflash.attention_forward(*call, **arrays.options) for call in (ordinary, spoilt)]
+        inputs = [array.copy() for array in ordinary]
+        stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+        cupy.cuda.get_current_stream().synchronize()
+        with cupy.cuda.using_allocator(pool.malloc), stream:
+            cuflash.attention_forward(*inputs, **arrays.options)
+            stream.synchronize()
+            stream.begin_capture()
+            results = cuflash.attention_forward(*inputs, **arrays.options)
+            graph = stream.end_capture()
+            for which in (0, 1, 0):
+                for array, values in zip(inputs, (ordinary, spoilt)[which]):
+                    array[...] = values
+                graph.launch(stream)
+                stream.synchronize()
+                for own, wanted in zip(results, expected[which]):
+                    numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
     @pytest.mark.parametrize("columns", [1, 5])
     def test_few_columns_of_values(self, arrays, columns, no_plans):
         """A small one may be so by chance, and does not leave the call to the sm80 family; many beside a large one, which a mask hides, are not."""

@@ -3,8 +3,8 @@
 Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
 of 64 and more come from sweeps on an H200, those of 16-bit calls with options at 64 and 128 from a smaller one. Not timed against others: head dim 32, the
 pairs of unequal head dims except forward (64, 32) and (192, 128), every later tile of a row, tf32 at 96 and 192 and forward at 256, other tiles for calls
-with options, all of float64, BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward
-16-bit at 256 and backward tf32 at 128.
+with options, float64 but for the first tiles of calls without options at 64, 128 and 256, all of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and
+two tiles that took the place of timed ones which spilled: backward 16-bit at 256 and backward tf32 at 128.
 """
 
 import dataclasses
