@@ -267,7 +267,7 @@ def plan_forward(problem, views, alignment):
         if launch is not None:
             return launch
     if family(problem.device)[0] == "sm90" and size == 4 and tiles.parts_pay(problem):
-        launch = _plan_forward_parts(problem, views, options & ~tiles.LONG_SUMS, alignment)  # each tile of values is added in round-to-nearest
+        launch = _plan_forward_parts(problem, views, options, alignment)
         if launch is not None:
             return launch
     return _plan_forward_sm80(problem, views, options, alignment)
@@ -331,18 +331,25 @@ def _plan_forward_sm90(problem, views, alignment, options):
 
 
 def _plan_forward_parts(problem, views, options, alignment):
-    """The same for float32 arrays, in float16 parts (kernels/parts.cuh); None where TMA cannot read them."""
-    precision, device = problem.precision, problem.device
+    """The same for float32 arrays, in float16 parts (kernels/parts.cuh); None where TMA cannot read them, or where they would take much memory."""
+    precision, device, own_options = problem.precision, problem.device, options
+    options &= ~tiles.LONG_SUMS  # each tile of values is added in round-to-nearest
     dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_PARTS)
     tile = tiles.forward_parts(precision, dims, options, problem.query_length)
     rows_of_groups = {"q": (problem.query_length, 64), "k": (problem.key_length, tile.key_tile), "v": (problem.key_length, tile.key_tile)}
-    parts, starts, boxes, size, blocks = {}, {}, {}, PARTS_HEADER, 0
+    # In front of the parts: a counter of tiles, and the words of kernels/parts_words.cuh.
+    header = 4 * (2 + 2 * math.prod(problem.batch) * problem.heads)
+    parts, starts, boxes, size, blocks, needed = {}, {}, {}, -(-header // 256) * 256, 0, 0
     for name, (length, rows) in rows_of_groups.items():
         groups, dim = slots(problem, length, rows), dims[name == "v"]
         parts[name], places = _layout_of_parts(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
         starts[name], boxes[name] = size, (groups * (rows + 1), rows)
         size += places * groups * (rows + 1) * parts[name][3] * 2
         blocks += places * groups
+        needed += places * length * parts[name][3] * 2
+    if size > MOST_PADDING * needed + PARTS_LEAST_BYTES:
+        log.info("forward: many sequences are much shorter than groups of 64 rows; taken by the sm80 family")
+        return None
     of_parts = views | parts
     maps = _maps_of(problem, numpy.frombuffer(argument(problem, of_parts, alignment=alignment), LAYOUT)[0], boxes)
     if None in maps:
@@ -356,7 +363,7 @@ def _plan_forward_parts(problem, views, options, alignment):
     packed = argument(problem, of_parts, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)
     most = min(_query_tiles(problem, tile), multiprocessors(device))
     main = Launch(kernel, most, tile.threads, shared_bytes, packed, tensormap.TensorMaps("float16", maps))
-    return PartsForward(split, main, _plan_forward_sm80(problem, views, options, alignment), starts, size)
+    return PartsForward(split, main, _plan_forward_sm80(problem, views, own_options, alignment), starts, size, header)
 
 
 def _layout_of_parts(layout, rows, columns):
@@ -369,7 +376,7 @@ def _layout_of_parts(layout, rows, columns):
     return (lead, tuple(own[::-1]), (columns, 1), columns), places
 
 
-PARTS_HEADER = 256  # bytes in front of the parts, for a counter of tiles and the word that says whether parts will not do
+MOST_PADDING, PARTS_LEAST_BYTES = 3, 64 * 2**20  # parts may take so many times what their rows need, or so much in any case
 
 
 class PartsForward:
@@ -377,12 +384,12 @@ class PartsForward:
 
     counts = False
 
-    def __init__(self, split, main, without_parts, starts, size):
-        self.split, self.main, self.without_parts, self.starts, self.size = split, main, without_parts, starts, size
+    def __init__(self, split, main, without_parts, starts, size, header):
+        self.split, self.main, self.without_parts, self.starts, self.size, self.header = split, main, without_parts, starts, size, header
 
     def __call__(self, words):
         memory = cupy.cuda.alloc(self.size)
-        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, 8, cupy.cuda.get_current_stream().ptr)
+        cupy.cuda.runtime.memsetAsync(memory.ptr, 0, self.header, cupy.cuda.get_current_stream().ptr)
         words = words | {"tile_counter": memory.ptr}
         parts = {name: memory.ptr + start for name, start in self.starts.items()}
         self.split(words | {f"d{name}": address for name, address in parts.items()})

@@ -525,7 +525,7 @@ def parts_pay(problem):
     if problem.head_dim < PARTS_LEAST_DIM or max(problem.head_dim, problem.value_dim) > max(HEAD_DIMS_PARTS[-1]):
         return False
     queries = problem.query_length * problem.heads
-    work = problem.key_length * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
+    work = problem.key_length / (problem.sequences or 1) * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
     return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and work >= PARTS_LEAST_WORK[problem.precision]
 
 
