@@ -345,6 +345,9 @@ class TestRepeatedCalls:
         cuflash.attention(q, k, v, causal=True)
         with pytest.raises(TypeError, match="causal"):
             cuflash.attention(q, k, v, causal=1)
+        cuflash.attention(q, k, v, window=(1, 0))
+        with pytest.raises(TypeError, match="window"):
+            cuflash.attention(q, k, v, window=(1.0, 0))
 
     def test_another_option_is_another_call(self, arrays, no_plans):
         q, k, v = arrays.qkv(70, 90, 64, lead=(2,))
