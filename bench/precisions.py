@@ -26,7 +26,6 @@ DTYPES = {
     "complex64": np.complex64,
     "complex128": np.complex128,
 }
-HEAD_DIMS = (64, 128)
 STEPS, TOKENS, WIDTH = 4096, 8192, 1024
 ERROR_STEPS, ERROR_HEADS = 2048, 4
 
@@ -89,24 +88,26 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(prog="python -m bench.precisions", description=__doc__.partition("\n")[0])
     parser.add_argument("--precisions", default=",".join(DTYPES), help="which, separated by commas")
+    parser.add_argument("--head-dims", default="64,128", help="which, separated by commas; they count real numbers")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     if not cp.cuda.is_available():
         raise SystemExit("bench.precisions measures the GPU kernels, and CuPy sees no GPU")
-    header = ["precision", "error of out (dense)", "error of gradients (dense)", *(f"{way} d {dim}" for way in ("forward", "backward") for dim in HEAD_DIMS)]
+    head_dims = [int(head_dim) for head_dim in options.head_dims.split(",")]
+    header = ["precision", "error of out (dense)", "error of gradients (dense)", *(f"{way} d {dim}" for way in ("forward", "backward") for dim in head_dims)]
     lines = []
     for precision in options.precisions.split(","):
-        own, dense = np.max([errors(precision, head_dim) for head_dim in HEAD_DIMS], axis=0)
+        own, dense = np.max([errors(precision, head_dim) for head_dim in head_dims], axis=0)
         line = [precision, *(f"{x:.1e} ({y:.1e})" for x, y in zip(own, dense))]
         release_memory()
-        speed = [rates(precision, head_dim, options.rounds) for head_dim in HEAD_DIMS]
+        speed = [rates(precision, head_dim, options.rounds) for head_dim in head_dims]
         lines.append(line + [f"{rate:.0f}" for way in zip(*speed) for rate in way])
     for precision, kind in (("float32", MemoryEfficient), ("float32", DenseCuPy), ("float64", DenseCuPy)):
         if precision not in options.precisions.split(","):
             continue
         try:
             peer = kind()
-            speed = [rates(precision, head_dim, options.rounds, peer) for head_dim in HEAD_DIMS]
+            speed = [rates(precision, head_dim, options.rounds, peer) for head_dim in head_dims]
         except ImportError as missing:
             print(f"{kind.title} is left out: {missing}")
             continue

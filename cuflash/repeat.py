@@ -12,11 +12,16 @@ def described(q, k, v, options):
         places = q.data.device_id, k.data.device_id, v.data.device_id
         arrays = q.shape, k.shape, v.shape, q.strides, k.strides, v.strides
         precision = os.environ.get("CUPY_TF32") if q.dtype.char in "fF" else None  # the default of float32 and complex64 arrays (arguments.precision)
-        key = (*places, q.dtype, k.dtype, v.dtype, *arrays, precision, *options.items(), *map(type, options.values()))
+        key = (*places, q.dtype, k.dtype, v.dtype, *arrays, precision, *options.items(), *map(_type, options.values()))
         hash(key)
         return key
     except (AttributeError, TypeError, ValueError):  # NumPy: the buffer of an array has no device, and of bfloat16 there is none
         return None
+
+
+def _type(value):
+    """The type of an option's value, and of a tuple the types in it: numbers of other types may be equal, and are not allowed."""
+    return (tuple, *map(type, value)) if type(value) is tuple else type(value)
 
 
 def find(key):

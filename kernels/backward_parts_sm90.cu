@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
-  if (problem.tile_counter[1]) return;   // the sm80 family takes the call
+  if (problem.tile_counter[REFUSED]) return;   // the sm80 family takes the call
 
   if (threadIdx.x == 0) {
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);

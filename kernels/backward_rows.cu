@@ -70,8 +70,20 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
     if (finite) sum -= dlse;
     reals<Real>(problem.row_lse)[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : Real(infinity());
     reals<Real>(problem.row_d)[at] = sees ? sum : 0;
-    if (ZERO_DQ_SUM && problem.row_turn) problem.row_turn[at] = 0;
+    if (ZERO_DQ_SUM && problem.row_turn && at != OFFSETS_DESCEND) problem.row_turn[at] = 0;
     if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
+  }
+  // Key blocks wait for each other as sequences that follow each other do. With offsets that do not, whoever is waited for may not exist.
+  if constexpr (ZERO_DQ_SUM && sizeof(Element) == 2) {   // of others none take turns
+    if (blockIdx.x == 0 && problem.row_turn) {
+      bool descend = false;
+      if constexpr ((OPTIONS & PACKED) != 0)
+        for (int i = threadIdx.x; i < problem.sequences; i += 256)
+          descend |= problem.cu_q[i] < 0 || problem.cu_q[i] > problem.cu_q[i + 1] || problem.cu_q[i + 1] > problem.queries || problem.cu_k[i] < 0 ||
+                     problem.cu_k[i] > problem.cu_k[i + 1] || problem.cu_k[i + 1] > problem.keys;
+      descend = __syncthreads_or(descend);
+      if (threadIdx.x == 0) problem.row_turn[OFFSETS_DESCEND] = descend;
+    }
   }
 }
 

@@ -62,6 +62,7 @@ template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline
     if (!block.exists()) return;
     first = block.first_tile, tiles = block.last_tile - first, end_of_previous = block.end_of_previous(), turn = block.slot.tile;
     row = block.sequence.padded_row(problem, block.place);
+    if (problem.sequences && problem.row_turn[OFFSETS_DESCEND]) end_of_previous = 0;   // the sums are of no use then, and nobody may be there to wait for
   }
   for (int head = 0; head < problem.heads_per_block; ++head, row += problem.padded_queries) {
 #pragma unroll 1

@@ -4,10 +4,13 @@
 //
 // A block makes one group of rows; a warp has whole rows, in registers, of which a lane has two columns of each 64.
 //
-// Where parts would be less than float32 numbers the call is left to the sm80 family: tile_counter[1] says so. These are groups with a NaN or an infinity,
+// Where parts would be less than float32 numbers the call is left to the sm80 family: a word says so (parts_words.cuh). These are groups with a NaN or an infinity,
 // with a row or a column whose largest number is more than 2^16 times smaller than that of the group (a number keeps 23 bits down to there), and groups so
 // large or small that factors could leave the range of float32. Few numbers may be small by chance: a column of one row may be so by 2^24, and of eight
 // rows of few columns one may be smaller.
+//
+// Weights are split in forward_sm90.cu, relative to a row's largest: small ones lose bits, which shows only where the largest have values near zero, or are a
+// sink's. So a (batch, head) none of whose outputs reaches SMALLEST_OUTPUT of its largest value, weights taken relative to a row's largest, is sm80's too.
 #include "parts.cuh"
 
 constexpr int WARPS = 8, FARTHEST = 16, FARTHEST_ALONE = 24, FEW_COLUMNS = 33, MOST_EXPONENT = 60;
@@ -16,15 +19,13 @@ __device__ __forceinline__ u32 size_of(float x) { return __float_as_uint(x) & 0x
 __device__ __forceinline__ u32 exponent_of(u32 size) { return size >> 23; }                   // 0: zero, or a subnormal number, which counts as zero
 
 // How many of an array's (batch, head) are its own.
-__device__ __forceinline__ u32 own_heads(const Problem& problem, const Array& array) { return array.head_stride ? problem.heads / array.group : 1; }
-__device__ __forceinline__ u32 own_entries(const Problem& problem, const Array& array, int i) { return array.batch_stride[i] ? problem.batch[i] : 1; }
 __device__ __forceinline__ u32 own_places(const Problem& problem, const Array& array) {
   u32 places = own_heads(problem, array);
   for (int i = 0; i < BATCH_DIMS; ++i) places *= own_entries(problem, array, i);
   return places;
 }
 
-template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS> __device__ __forceinline__ void make_group(const Problem& problem, const Array& from, const Array& to, u32 index) {
+template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS, bool VALUES = false> __device__ __forceinline__ void make_group(const Problem& problem, const Array& from, const Array& to, u32 index) {
   constexpr int OWN = ROWS / WARPS, COLUMNS = BOXES * 64;
   static_assert(ROWS % WARPS == 0, "a warp has as many rows as any");
   __shared__ u32 largest_of_column[COLUMNS], largest_of_warp[WARPS];
@@ -96,7 +97,8 @@ template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS> __device__ __f
   for (int i = 0; i < OWN; ++i) lost_rows += lost(largest_of_row[i], FARTHEST);
   refused |= lost_rows > (from.columns < FEW_COLUMNS);
   for (int column = threadIdx.x; column < COLUMNS; column += WARPS * 32) refused |= lost(largest_of_column[column], rows > 1 ? FARTHEST : FARTHEST_ALONE);
-  if (refused) problem.tile_counter[1] = 1;
+  if (refused) problem.tile_counter[REFUSED] = 1;
+  if (VALUES && threadIdx.x == 0) atomicMax(word_of_values(problem, to, place), largest);
 
   const float up = exponent ? __uint_as_float((127 + 14 + 127 - exponent) << 23) : 1.0f, down = exponent ? __uint_as_float((exponent - 14) << 23) : 1.0f;
   u16* target = place.rows<u16>(to) + slot * (ROWS + 1) * to.row_stride;
@@ -119,6 +121,6 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int KEY_TILE>
   const u32 of_q = own_places(problem, problem.dq) * tile_slots<OPTIONS>(problem, problem.queries, 64), of_k = own_places(problem, problem.dk) * key_groups, of_v = own_places(problem, problem.dv) * key_groups;
   if (blockIdx.x < of_q) make_group<PARTS, Q_BOXES, OPTIONS, 64, false>(problem, problem.q, problem.dq, blockIdx.x);
   else if (blockIdx.x < of_q + of_k) make_group<PARTS, Q_BOXES, OPTIONS, KEY_TILE, true>(problem, problem.k, problem.dk, blockIdx.x - of_q);
-  else if (blockIdx.x < of_q + of_k + of_v) make_group<PARTS, V_BOXES, OPTIONS, KEY_TILE, true>(problem, problem.v, problem.dv, blockIdx.x - of_q - of_k);
+  else if (blockIdx.x < of_q + of_k + of_v) make_group<PARTS, V_BOXES, OPTIONS, KEY_TILE, true, true>(problem, problem.v, problem.dv, blockIdx.x - of_q - of_k);
   else make_group<PARTS, V_BOXES, OPTIONS, 64, false>(problem, problem.dout, problem.out, blockIdx.x - of_q - of_k - of_v);
 }

@@ -12,6 +12,7 @@
 // Order of waits: a stage's copies have arrived (cp.async.wait_group, then __syncthreads, which also says that every warp is done with the stage before);
 // then the copies of the tile STAGES - 1 ahead are issued into that freed stage, and only then does the arithmetic on this stage begin.
 #include "forward_rows.cuh"
+#include "parts_words.cuh"
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int VALUE_GROUPS = 1> struct ForwardTiles {
   using Element = typename ElementOf<PRECISION>::type;
@@ -36,14 +37,14 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
   int lane = threadIdx.x % 32;
   const int warp = VALUE_GROUPS > 1 ? threadIdx.x / 32 % Tiles::ROW_GROUPS : threadIdx.x / 32;   // of those with the same columns of O
   const int first_column = VALUE_GROUPS > 1 ? threadIdx.x / 32 / Tiles::ROW_GROUPS * VALUE_COLUMNS : 0;
-  if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
-    if (problem.tile_counter && !problem.tile_counter[1]) return;   // the sm90 family has made it (float32_parts.cu)
-  }
 
   using Block = QueryBlock<OPTIONS, Tiles::QUERY_TILE>;
   const Block block(problem, blockIdx.x);
   if (!block.exists()) return;
   const Place& place = block.place;
+  if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
+    if (problem.tile_counter && !problem.tile_counter[REFUSED] && *word_of_output(problem, place)) return;   // the sm90 family has made it (float32_parts.cu)
+  }
   const Sequence<OPTIONS>& sequence = block.sequence;
   const Visible<OPTIONS> visible(problem, place, sequence);
   const KeyTiles<OPTIONS, KEY_TILE> key_tiles(visible, block.first_query, Tiles::QUERY_TILE);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
   if constexpr (PARTS != 0) {
-    if (problem.tile_counter[1]) return;   // the sm80 family takes the call
+    if (problem.tile_counter[REFUSED]) return;   // the sm80 family takes the call
   }
 
   if (threadIdx.x == 0) {
@@ -328,6 +328,15 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     const int row = warp_row + lane / 4, rows = tile.rows;
     const i64 first_row = tile.block.sequence.first_query + tile.block.first_query;
     float lse[2];
+    if constexpr (PARTS != 0) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int n = 0; n < VALUE_DIM / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (row + i / 2 * 8 < rows) largest = fmaxf(largest, fabsf(output[n][i]));
+      if (largest >= SMALLEST_OUTPUT * __uint_as_float(*word_of_values(problem, problem.v, place))) *word_of_output(problem, place) = 1;
+    }
     finish_rows<OPTIONS>(problem, place, softmax, exponential, tile.block.first_query + row, tile.block.sequence.seeing(), output, lse);
     if constexpr ((OPTIONS & SPLIT_KEYS) != 0) {
       const i64 all_rows = (i64)problem.grid_places * problem.queries, part = tile.split * all_rows + place.flat(problem) * problem.queries + first_row;

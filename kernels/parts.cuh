@@ -5,6 +5,7 @@
 // Groups of a sequence are its key tiles, or 64 of its queries; those of packed sequences lie in slots as tiles do (TileOfSequence). Rows that do not exist
 // or take no part are zero.
 #pragma once
+#include "parts_words.cuh"
 #include "ring.cuh"
 #include "score.cuh"
 #include "softmax.cuh"

@@ -2,6 +2,7 @@
 #pragma once
 #include "types.cuh"
 
+constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // A view (batch dimensions, heads, rows, columns); strides in elements, a stride of 0 where the array is broadcast. Columns lie side by side, but those of
@@ -36,7 +37,7 @@ struct Problem {
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
-  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Behind it, for float32: whether parts will not do
+  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Behind it parts_words.cuh
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
   const int* cu_k;
   unsigned long long seed;      // dropout

@@ -8,7 +8,8 @@ import numpy
 
 import cuflash
 from cuflash import reference
-from cuflash.problem import parts_dtype, sums_dtype
+from cuflash.options import DEFAULTS
+from cuflash.problem import make_problem, parts_dtype, sums_dtype
 
 try:
     import cupy
@@ -203,7 +204,11 @@ def wanted_gradients(dout, q, k, v, dlse, options):
         forward = expected_and_dense(reference.attention_forward, reference.dense_forward, (q, k, v), (True, False), options)
         rows = [sink_gradient_of_rows(*map(to_numpy, (out, lse, dout, sinks)), dlse) for out, lse in zip(*forward)]
         numpy.testing.assert_allclose(to_numpy(wanted["dsinks"][0][0]), sum_to(rows[0], (*sinks.shape, 1, 1))[:, 0, 0], rtol=1e-10, atol=1e-12)
-        wanted["dsinks"] = wanted["dsinks"][0], max(row_spread(own - rows[0], (*sinks.shape, 1, 1)) for own in rows[1:])
+        dense = list(wanted["dsinks"][0])
+        if options.get("precision") == "tf32":
+            out, lse = map(to_numpy, weights_rounded_first(q, k, v, options))
+            dense.append(sum_to(sink_gradient_of_rows(out, lse, to_numpy(dout), to_numpy(sinks), dlse), (*sinks.shape, 1, 1))[:, 0, 0])
+        wanted["dsinks"] = dense, max(row_spread(own - rows[0], (*sinks.shape, 1, 1)) for own in rows[1:])
     return wanted
 
 
@@ -211,6 +216,21 @@ def sink_gradient_of_rows(out, lse, dout, sinks, dlse):
     """What each row gives to dsinks: -exp(sink - lse) (rowsum(dout * out) - dlse), in float64; (..., heads, L, 1)."""
     delta = numpy.where((out == 0).all(-1), 0, (dout * out).sum(-1)) - (0 if dlse is None else to_numpy(dlse))
     return (-numpy.exp(sinks[:, None] - lse) * delta)[..., None]
+
+
+def weights_rounded_first(q, k, v, options):
+    """out and lse of a dense tf32 computation that divides by the sum of the weights at last, as a tiled softmax has to: they are rounded before that."""
+
+    class Arithmetic(reference._Rounded):
+        def factor(self, x):
+            if x.shape[-2:] != (q.shape[-2], k.shape[-2]):
+                return super().factor(x)
+            largest = x.max(-1, keepdims=True)
+            largest[largest == 0] = 1
+            return super().factor(x / largest) * largest
+
+    problem, q, k, v = make_problem(q, k, v, DEFAULTS | options)
+    return reference._forward(problem, q, k, v, Arithmetic(problem))
 
 
 def sum_to(array, shape):

@@ -94,3 +94,22 @@ def test_values_change_between_calls(call):
     own = forward_and_backward(*square, cu_seqlens=(cu, cu), deterministic=True)
     wanted = forward_and_backward(*square, cu_seqlens=([0, 60, LENGTH], [0, 60, LENGTH]), deterministic=True)
     assert [bits(array) for array in own] == [bits(array) for array in wanted]
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k"),
+    [
+        ([0, 100, 200, 300], [0, 300, 100, 400]),  # a sequence whose first keys no block has
+        ([0, 300, 100, 400], [0, 200, 300, 600]),  # two that share rows of sums
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_key_blocks_that_follow_each_other_do_not_wait_for_ever(seed, head_dim, cu_q, cu_k):
+    q, k, v = Arrays(cupy, "float16", seed).qkv(400, 600, head_dim, lead=(2,))
+    offsets = tuple(cupy.asarray(offsets, dtype=numpy.int32) for offsets in (cu_q, cu_k))
+    with guarded_memory():
+        views = [inside(array, 8) for array in (q, q, k, v)]
+        for _ in range(20):
+            forward_and_backward(*views, deterministic=True, cu_seqlens=offsets)
+        cupy.cuda.get_current_stream().synchronize()

@@ -247,6 +247,47 @@ class TestFloat32InParts(InParts):
         v[1, 77], k[..., 3] = 1, 1
         assert any((own != wanted).any() for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)))
 
+    def test_a_graph_decides_by_what_it_finds(self, arrays):
+        """Captured with one content, replayed with others: parts, the sm80 family for a NaN, and parts again."""
+        ordinary = arrays.qkv(300, 500, 64, lead=(2,))
+        spoilt = *ordinary[:2], ordinary[2].copy()
+        spoilt[2][1, 77, 5] = numpy.nan
+        expected = [cuflash.attention_forward(*call, **arrays.options) for call in (ordinary, spoilt)]
+        inputs = [array.copy() for array in ordinary]
+        stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+        cupy.cuda.get_current_stream().synchronize()
+        with cupy.cuda.using_allocator(pool.malloc), stream:
+            cuflash.attention_forward(*inputs, **arrays.options)
+            stream.synchronize()
+            stream.begin_capture()
+            results = cuflash.attention_forward(*inputs, **arrays.options)
+            graph = stream.end_capture()
+            for which in (0, 1, 0):
+                for array, values in zip(inputs, (ordinary, spoilt)[which]):
+                    array[...] = values
+                graph.launch(stream)
+                stream.synchronize()
+                for own, wanted in zip(results, expected[which]):
+                    numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
+    @pytest.mark.parametrize("sink", [12.0, 20.0, 30.0])
+    @pytest.mark.parametrize("how", ["a sink", "a key with no value"])
+    def test_small_weights_beside_a_large_one_that_adds_nothing(self, arrays, how, sink):
+        """In one of the heads: there small weights are all that shows in the output."""
+        q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
+        if how == "a sink":
+            options = {"sinks": cupy.asarray([0.0, sink, 0.0], numpy.float32)}
+        else:
+            options = {"bias": cupy.zeros((3, 1, 500), numpy.float32)}
+            options["bias"][1, :, 77] = sink
+            v[:, 1, 77] = 0
+        for head in range(3):
+            own = {name: value[head : head + 1] for name, value in options.items()}
+            check_forward(*(array[:, head : head + 1] for array in (q, k, v)), roundings=8, **own, **arrays.options)
+        out = cuflash.attention(q, k, v, **options, **arrays.options)
+        alone = cuflash.attention(q[:, :1], k[:, :1], v[:, :1], **{name: value[:1] for name, value in options.items()}, **arrays.options)
+        numpy.testing.assert_array_equal(to_numpy(out[:, :1]), to_numpy(alone))
+
     @pytest.mark.parametrize("columns", [1, 5])
     def test_few_columns_of_values(self, arrays, columns, no_plans):
         """A small one may be so by chance, and does not leave the call to the sm80 family; many beside a large one, which a mask hides, are not."""
@@ -259,6 +300,15 @@ class TestFloat32InParts(InParts):
         v[:, 300] = 1e7
         for own, wanted in zip(cuflash.attention_forward(q, k, v, **options), self.by_sm80(q, k, v, **options)):
             numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
+
+    def test_many_short_sequences_do_not_take_memory_for_whole_groups(self, arrays, no_plans, monkeypatch):
+        monkeypatch.setattr(launch, "PARTS_LEAST_BYTES", 0)
+        q, k, v = arrays.qkv(800, 800, 64, lead=(2,))
+        for length, in_parts in ((5, False), (200, True)):
+            no_plans.clear()
+            offsets = cupy.arange(0, 801, length, dtype=numpy.int32)
+            check_forward(q, k, v, cu_seqlens=(offsets, offsets), roundings=8, **arrays.options)
+            assert any(isinstance(plan, launch.PartsForward) for plan in no_plans.values()) == in_parts
 
     def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
         q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
@@ -392,6 +442,9 @@ class TestRepeatedCalls:
         cuflash.attention(q, k, v, causal=True)
         with pytest.raises(TypeError, match="causal"):
             cuflash.attention(q, k, v, causal=1)
+        cuflash.attention(q, k, v, window=(1, 0))
+        with pytest.raises(TypeError, match="window"):
+            cuflash.attention(q, k, v, window=(1.0, 0))
 
     def test_another_option_is_another_call(self, arrays, no_plans):
         q, k, v = arrays.qkv(70, 90, 64, lead=(2,))

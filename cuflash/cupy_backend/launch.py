@@ -267,7 +267,7 @@ def plan_forward(problem, views, alignment):
         if launch is not None:
             return launch
     if family(problem.device)[0] == "sm90" and size == 4 and tiles.parts_pay(problem):
-        launch = _plan_forward_parts(problem, views, options & ~tiles.LONG_SUMS, alignment)  # each tile of values is added in round-to-nearest
+        launch = _plan_forward_parts(problem, views, options, alignment)
         if launch is not None:
             return launch
     return _plan_forward_sm80(problem, views, options, alignment)
@@ -331,23 +331,24 @@ def _plan_forward_sm90(problem, views, alignment, options):
 
 
 def _plan_forward_parts(problem, views, options, alignment):
-    """The same for float32 arrays, in float16 parts (kernels/parts.cuh); None where TMA cannot read them."""
-    precision, device = problem.precision, problem.device
+    """The same for float32 arrays, in float16 parts (kernels/parts.cuh); None where TMA cannot read them, or where they would take much memory."""
+    precision, device, own_options = problem.precision, problem.device, options
+    options &= ~tiles.LONG_SUMS  # each tile of values is added in round-to-nearest
     dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.HEAD_DIMS_PARTS)
     tile = tiles.forward_parts(precision, dims, options, problem.query_length)
     parts = Parts(problem, views, ("q", "k", "v"), dims, tile.key_tile, options, alignment)
     if parts.maps is None:
-        log.info("forward: TMA cannot read the parts of these arrays; taken by the sm80 family")
+        log.info("forward: parts of these arrays would take much memory, or TMA cannot read them; taken by the sm80 family")
         return None
     shared_bytes = tile.shared_bytes(dims, options, precision)
     kernel = modules.kernel(tile.file, tile.name(precision, dims, options), shared_bytes, device)
     packed = argument(problem, parts.views, alignment=alignment, sweep_heads=_sweep_forward(problem, dims, 4), splits=1)
     most = min(_query_tiles(problem, tile), multiprocessors(device))
     main = Launch(kernel, most, tile.threads, shared_bytes, packed, parts.maps)
-    return PartsForward(parts, main, _plan_forward_sm80(problem, views, options, alignment))
+    return PartsForward(parts, main, _plan_forward_sm80(problem, views, own_options, alignment))
 
 
-PARTS_HEADER = 256  # bytes in front of the parts, for a counter of tiles and the word that says whether parts will not do
+MOST_PADDING, PARTS_LEAST_BYTES = 3, 64 * 2**20  # parts may take so many times what their rows need, or so much in any case
 PARTS_TARGETS = {"q": "dq", "k": "dk", "v": "dv", "dout": "out"}  # the views that kernels/float32_parts.cu writes the parts of these to
 
 
@@ -355,8 +356,10 @@ class Parts:
     """Float32 arrays as float16 parts: the launch that makes them, and the arrays of a call with these in their places."""
 
     def __init__(self, problem, views, names, dims, key_tile, options, alignment):
-        precision, boxes, blocks = problem.precision, {}, 0
-        self.starts, self.size, layouts = {}, PARTS_HEADER, {}
+        precision, boxes, blocks, needed = problem.precision, {}, 0, 0
+        # In front of the parts: a counter of tiles, and the words of kernels/parts_words.cuh.
+        self.header = 4 * (2 + 2 * math.prod(problem.batch) * problem.heads)
+        self.starts, self.size, layouts = {}, -(-self.header // 256) * 256, {}
         for name in names:
             length, rows = (problem.key_length, key_tile) if name in ("k", "v") else (problem.query_length, 64)
             groups, dim = slots(problem, length, rows), dims[name in ("v", "dout")]
@@ -364,9 +367,11 @@ class Parts:
             self.starts[name], boxes[name] = self.size, (groups * (rows + 1), rows)
             self.size += places * groups * (rows + 1) * layouts[name][3] * 2
             blocks += places * groups
+            needed += places * length * layouts[name][3] * 2
         self.views = views | layouts
         maps = _maps_of(problem, numpy.frombuffer(argument(problem, self.views, alignment=alignment), LAYOUT)[0], boxes)
-        self.maps = None if None in maps else tensormap.TensorMaps("float16", maps)
+        # Not where many sequences are much shorter than groups of 64 rows.
+        self.maps = None if None in maps or self.size > MOST_PADDING * needed + PARTS_LEAST_BYTES else tensormap.TensorMaps("float16", maps)
         if self.maps is not None:
             packed = argument(problem, views | {PARTS_TARGETS[name]: layout for name, layout in layouts.items()})
             kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, key_tile), 0, problem.device)
@@ -374,7 +379,7 @@ class Parts:
 
     def __call__(self, words, memory):
         """Makes the parts in `size` bytes from address `memory` on; words for launches that take the arrays as they are, and that take their parts."""
-        cupy.cuda.runtime.memsetAsync(memory, 0, 8, cupy.cuda.get_current_stream().ptr)
+        cupy.cuda.runtime.memsetAsync(memory, 0, self.header, cupy.cuda.get_current_stream().ptr)
         words = words | {"tile_counter": memory}
         parts = {name: memory + start for name, start in self.starts.items()}
         self.split(words | {PARTS_TARGETS[name]: address for name, address in parts.items()})

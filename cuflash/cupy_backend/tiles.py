@@ -3,8 +3,8 @@
 Where a tile needs more shared memory than a GPU gives a block, the next of its row is taken. The first tiles of forward and backward at equal head dims
 of 64 and more come from sweeps on an H200, those of 16-bit calls with options at 64 and 128 from a smaller one. Not timed against others: head dim 32, the
 pairs of unequal head dims except forward (64, 32) and (192, 128), every later tile of a row, tf32 at 96 and 192 and forward at 256, other tiles for calls
-with options, all of float64, BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and two tiles that took the place of timed ones which spilled: backward
-16-bit at 256 and backward tf32 at 128.
+with options, float64 but for the first tiles of calls without options at 64, 128 and 256, all of BACKWARD_QUERY, BACKWARD_BIAS and BACKWARD_WITHOUT_DQ, and
+two tiles that took the place of timed ones which spilled: backward 16-bit at 256 and backward tf32 at 128.
 """
 
 import dataclasses
@@ -545,7 +545,7 @@ def parts_pay(problem):
     if problem.head_dim < PARTS_LEAST_DIM or max(problem.head_dim, problem.value_dim) > max(HEAD_DIMS_PARTS[-1]):
         return False
     queries = problem.query_length * problem.heads
-    work = problem.key_length * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
+    work = problem.key_length / (problem.sequences or 1) * (problem.head_dim + problem.value_dim) * max(1, math.prod(problem.batch) * queries / ROWS_AT_ONCE)
     return queries >= PARTS_LEAST_QUERIES * max(problem.key_heads, problem.value_heads) and work >= PARTS_LEAST_WORK[problem.precision]
 
 
