@@ -44,7 +44,6 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
-HEADS_IN_ORDER = 16  # swept together at least where uneven blocks of a head follow each other, tile by tile, which leaves little of it in use at a time
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
@@ -70,14 +69,9 @@ class Launch:
         self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
 
 
-@functools.cache
-def _range_of(dtype):
-    return numpy.finfo(dtype)
-
-
 def _range_of_sums(problem):
     """The numbers that scores are computed in."""
-    return _range_of(problem.lse_dtype)
+    return numpy.finfo(problem.lse_dtype)
 
 
 @functools.cache
@@ -213,10 +207,11 @@ def last_first(problem):
 
 def sweep(problem, head_bytes, places, in_order=False):
     """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
-    uneven, least = last_first(problem), 1
-    if in_order and uneven:
-        least = HEADS_IN_ORDER
-    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes)))) if in_order or uneven else 1
+    uneven = last_first(problem)
+    if not (uneven or in_order):
+        return 1
+    least = tiles.HEADS_IN_ORDER if uneven and in_order else 1
+    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes))))
 
 
 def slots(problem, length, tile):
@@ -347,7 +342,7 @@ def _plan_forward_parts(problem, views, options, alignment):
         size += places * groups * (rows + 1) * parts[name][3] * 2
         blocks += places * groups
         needed += places * length * parts[name][3] * 2
-    if size > MOST_PADDING * needed + PARTS_LEAST_BYTES:
+    if size > tiles.PARTS_MOST_PADDING * needed + tiles.PARTS_LEAST_BYTES:
         log.info("forward: many sequences are much shorter than groups of 64 rows; taken by the sm80 family")
         return None
     of_parts = views | parts
@@ -374,9 +369,6 @@ def _layout_of_parts(layout, rows, columns):
         own.append(places * rows * columns if stride else 0)
         places *= length if stride else 1
     return (lead, tuple(own[::-1]), (columns, 1), columns), places
-
-
-MOST_PADDING, PARTS_LEAST_BYTES = 3, 64 * 2**20  # parts may take so many times what their rows need, or so much in any case
 
 
 class PartsForward:
