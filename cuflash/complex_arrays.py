@@ -12,7 +12,7 @@ import logging
 
 import numpy
 
-from cuflash.problem import Problem, allocate_like_order, parts_dtype
+from cuflash.problem import Problem, allocate_like_order, parts_dtype, side_by_side
 
 _log = logging.getLogger("cuflash")
 
@@ -25,7 +25,7 @@ class ComplexBackend:
 
     def forward(self, problem, q, k, v, out=None):
         with _on_device(problem):
-            in_place = out is not None and _side_by_side(out)
+            in_place = out is not None and side_by_side(out)
             target = as_real("out", out) if in_place else None
             result, lse = self.backend.forward(_real_problem(problem), as_real("q", q), as_real("k", k), as_real("v", v), target)
             if out is None:
@@ -37,7 +37,7 @@ class ComplexBackend:
 
     def forward_again(self, problem, q, k, v, out, lse):
         """As that of cupy_backend. A call that copies an array for its parts has more to do than a launch."""
-        if not all(map(_side_by_side, (q, k, v))):
+        if not all(map(side_by_side, (q, k, v))):
             return None
         real = (as_real(name, array) for name, array in (("q", q), ("k", k), ("v", v), ("out", out)))
         again = self.backend.forward_again(_real_problem(problem), *real, lse)
@@ -57,7 +57,7 @@ class ComplexBackend:
 
 def as_real(name, array):
     """(..., E) complex -> (..., 2E) of its parts: a view where columns lie side by side, else of a logged copy."""
-    if _side_by_side(array):
+    if side_by_side(array):
         return array.view(parts_dtype(array.dtype))
     _log.info("%s: complex columns of strides %s and shape %s do not lie side by side; copied", name, array.strides, array.shape)
     source = array[tuple(slice(None) if stride else slice(1) for stride in array.strides[:-1])]  # a broadcast axis is not copied out
@@ -70,10 +70,6 @@ def as_real(name, array):
 def as_complex(array):
     """(..., 2E) of parts side by side -> (..., E) complex, a view."""
     return array.view(numpy.dtype(f"c{2 * array.dtype.itemsize}"))
-
-
-def _side_by_side(array):
-    return array.shape[-1] == 1 or array.strides[-1] == array.dtype.itemsize
 
 
 def _real_problem(problem):

@@ -184,6 +184,11 @@ def make_problem(q, k, v, options, draw_seed=True):
     return problem, q, k, v
 
 
+def side_by_side(array):
+    """Whether the columns of an array lie next to each other in memory."""
+    return array.shape[-1] == 1 or array.strides[-1] == array.dtype.itemsize
+
+
 def allocate_like_order(xp, like, shape, dtype):
     """An uninitialised array whose axes lie in memory in the order of `like`, aligned at the last axis; the last axis is always innermost.
 

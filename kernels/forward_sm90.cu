@@ -170,8 +170,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       };
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr);
     } else if constexpr (BASED) {
-      const auto add_bias = [&](int row, int column) { tile.score.template add_bias<false, 1, KEY_TILE>(problem, scores, row, column); };
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, softmax.base);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, softmax.base);
       softmax.base[0] *= exponential.factor, softmax.base[1] *= exponential.factor;
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column);

@@ -225,16 +225,17 @@ template <int PRECISION, int OPTIONS> struct Score {
   }
 
   // Products become scores, in place, in units of problem.score_unit: `scale`, or the softcap, or 1 (SCALE_FIRST). `row` and `column` are the lane's first
-  // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written).
+  // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written). `base`, if not null, of 16 rows:
+  // what is then to be added to all scores of each of the lane's two.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS>
-  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr) const {
-    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, [&](int row, int column) { add_bias<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column); }, derivative);
-  }
-  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ void add_bias(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column) const {
-    with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fma(to_real(x), factors<Real>(problem).inverse_unit, d[m][n][i]); });
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr, Real* base = nullptr) const {
+    const auto add_bias = [&](int row, int column) {
+      with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fma(to_real(x), factors<Real>(problem).inverse_unit, d[m][n][i]); });
+    };
+    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, add_bias, derivative, base);
   }
 
-  // The same with another way to add the bias. `base`, if not null, of 16 rows: what is then to be added to all scores of each of the lane's two.
+  // The same with another way to add the bias.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
   __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], Real* base = nullptr) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);

@@ -314,16 +314,6 @@ def test_repeated_calls(seed, no_plans):
 
 
 @pytest.mark.gpu
-def test_cupy_tf32_changes_repeated_calls(seed, monkeypatch):
-    q, k, v = Arrays(cupy, "complex64", seed).qkv(40, 500, 32)
-    wanted = {value: bits(cuflash.attention(q, k, v, precision=name)) for value, name in (("0", "float32"), ("1", "tf32"))}
-    assert wanted["0"] != wanted["1"]
-    for value in "000111010":
-        monkeypatch.setenv("CUPY_TF32", value)
-        assert bits(cuflash.attention(q, k, v)) == wanted[value]
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("wrapper", [Dlpack, CudaArrayInterface])
 def test_arrays_in_gpu_memory_are_taken_as_they_are(seed, wrapper):
     q, k, v = Arrays(cupy, "complex64", seed).qkv(40, 50, 16, lead=(2,))

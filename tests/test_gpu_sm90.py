@@ -302,7 +302,7 @@ class TestFloat32InParts(InParts):
             numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
 
     def test_many_short_sequences_do_not_take_memory_for_whole_groups(self, arrays, no_plans, monkeypatch):
-        monkeypatch.setattr(launch, "PARTS_LEAST_BYTES", 0)
+        monkeypatch.setattr(tiles, "PARTS_LEAST_BYTES", 0)
         q, k, v = arrays.qkv(800, 800, 64, lead=(2,))
         for length, in_parts in ((5, False), (200, True)):
             no_plans.clear()

@@ -104,8 +104,9 @@ def test_cupy_tf32_changes_the_default_of_cupy_arrays(arrays, monkeypatch, value
 
 
 @pytest.mark.gpu
-def test_cupy_tf32_changes_repeated_calls(seed, monkeypatch):
-    q, k, v = Arrays(cupy, "float32", seed).qkv(40, 500, 64)
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("complex64", 32)])
+def test_cupy_tf32_changes_repeated_calls(seed, monkeypatch, dtype, head_dim):
+    q, k, v = Arrays(cupy, dtype, seed).qkv(40, 500, head_dim)
     wanted = {value: bits(cuflash.attention(q, k, v, precision=name)) for value, name in (("0", "float32"), ("1", "tf32"))}
     assert wanted["0"] != wanted["1"]
     for value in "000111010":

@@ -8,7 +8,7 @@ import time
 import cupy
 
 from cuflash.cupy_backend import launch, modules, tiles
-from cuflash.problem import allocate_like_order
+from cuflash.problem import allocate_like_order, side_by_side
 
 log = logging.getLogger("cuflash")
 
@@ -23,7 +23,7 @@ def forward(problem, q, k, v, out=None):
         _check(problem)
         target = allocate_like_order(cupy, q, problem.out_shape, problem.dtype) if out is None else out
         q, k, v = _ready("q", q), _ready("k", k), _ready("v", v)
-        if target.shape[-1] > 1 and target.strides[-1] != target.dtype.itemsize:
+        if not side_by_side(target):
             log.info("out: columns do not lie side by side; it is computed in a new array and copied")
             target = cupy.empty(problem.out_shape, problem.dtype)
         lse = _empty_lse(problem.lse_shape, problem.lse_dtype)
@@ -94,7 +94,7 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
         dsinks = None if problem.sinks is None else cupy.zeros(problem.sinks.shape, problem.sinks.dtype)
         if not nothing or (lse.size and dsinks is not None):
             q, k, v, dout = _ready("q", q), _ready("k", k), _ready("v", v), _ready("dout", dout)
-            if out.shape[-1] > 1 and out.strides[-1] != out.dtype.itemsize:
+            if not side_by_side(out):
                 out = _ready("out", out)
             arrays = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
             if dlse is not None:
@@ -228,8 +228,8 @@ def _ready(name, array):
 
 
 def _in_place(array):
-    side_by_side = array.shape[-1] == 1 or array.strides[-1] == array.dtype.itemsize
-    return side_by_side and array.data.ptr % 16 == 0 and all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1]))
+    whole_rows = all(stride % 16 == 0 or length <= 1 for stride, length in zip(array.strides[:-1], array.shape[:-1]))
+    return side_by_side(array) and array.data.ptr % 16 == 0 and whole_rows
 
 
 def describe():

@@ -44,7 +44,6 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
-HEADS_IN_ORDER = 16  # swept together at least where uneven blocks of a head follow each other, tile by tile, which leaves little of it in use at a time
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
@@ -70,14 +69,9 @@ class Launch:
         self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
 
 
-@functools.cache
-def _range_of(dtype):
-    return numpy.finfo(dtype)
-
-
 def _range_of_sums(problem):
     """The numbers that scores are computed in."""
-    return _range_of(problem.lse_dtype)
+    return numpy.finfo(problem.lse_dtype)
 
 
 @functools.cache
@@ -213,10 +207,11 @@ def last_first(problem):
 
 def sweep(problem, head_bytes, places, in_order=False):
     """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
-    uneven, least = last_first(problem), 1
-    if in_order and uneven:
-        least = HEADS_IN_ORDER
-    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes)))) if in_order or uneven else 1
+    uneven = last_first(problem)
+    if not (uneven or in_order):
+        return 1
+    least = tiles.HEADS_IN_ORDER if uneven and in_order else 1
+    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes))))
 
 
 def slots(problem, length, tile):
@@ -348,7 +343,6 @@ def _plan_forward_parts(problem, views, options, alignment):
     return PartsForward(parts, main, _plan_forward_sm80(problem, views, own_options, alignment))
 
 
-MOST_PADDING, PARTS_LEAST_BYTES = 3, 64 * 2**20  # parts may take so many times what their rows need, or so much in any case
 PARTS_TARGETS = {"q": "dq", "k": "dk", "v": "dv", "dout": "out"}  # the views that kernels/float32_parts.cu writes the parts of these to
 
 
@@ -371,7 +365,7 @@ class Parts:
         self.views = views | layouts
         maps = _maps_of(problem, numpy.frombuffer(argument(problem, self.views, alignment=alignment), LAYOUT)[0], boxes)
         # Not where many sequences are much shorter than groups of 64 rows.
-        self.maps = None if None in maps or self.size > MOST_PADDING * needed + PARTS_LEAST_BYTES else tensormap.TensorMaps("float16", maps)
+        self.maps = None if None in maps or self.size > tiles.PARTS_MOST_PADDING * needed + tiles.PARTS_LEAST_BYTES else tensormap.TensorMaps("float16", maps)
         if self.maps is not None:
             packed = argument(problem, views | {PARTS_TARGETS[name]: layout for name, layout in layouts.items()})
             kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, key_tile), 0, problem.device)

@@ -345,6 +345,7 @@ PARTS_LEAST_DIM = 33
 # row of the sm80 family, or an even share of all rows, has to make one after the other. From 30 shapes on an H200, 64 to 4,096 queries.
 PARTS_LEAST_QUERIES, PARTS_LEAST_WORK = 32, {"float32": 2**16, "tf32": 2**17}
 ROWS_AT_ONCE = 132 * 128
+PARTS_MOST_PADDING, PARTS_LEAST_BYTES = 3, 64 * 2**20  # parts may take so many times what their rows need, and so much in any case
 # Key tiles are 64 keys, as backward's groups are: of the same parts backward makes the scores that lse is of, bit by bit.
 FORWARD_SM90_PARTS = {
     "float32": {
@@ -369,6 +370,8 @@ FORWARD_SM90_SPLIT_KEYS = {
     192: [(math.inf, ForwardSm90Tile(1, 64, 3))],
     256: [(math.inf, ForwardSm90Tile(1, 64, 2))],
 }
+# Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
+HEADS_IN_ORDER = 16
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 2, 2),
     (128, 128): BackwardSm90Tile(64, 2, 2),

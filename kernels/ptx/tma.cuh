@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_bytes(u32 target, const void* source, u32 b
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// Adds `bytes` of float32 in shared memory to as many in device memory, in one piece (sm_90). The thread that asked waits until all its pieces are read.
+// Adds `bytes` of float32 in shared memory to as many in device memory, in one piece (sm_90). The thread that asked waits until all its pieces are read, or added.
 __device__ __forceinline__ void reduce_add_bytes(float* target, u32 source, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" :: "l"(target), "r"(source), "r"(bytes) : "memory");
 }
