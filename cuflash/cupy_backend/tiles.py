@@ -381,7 +381,7 @@ BACKWARD_SM90 = {
 # Float32 arrays in parts; not timed against others.
 BACKWARD_SM90_PARTS = {
     "float32": {(64, 64): BackwardPartsSm90Tile(3, 3, 4), (128, 128): BackwardPartsSm90Tile(2, 2, 2)},
-    "tf32": {(64, 64): BackwardPartsSm90Tile(4, 4, 4), (128, 128): BackwardPartsSm90Tile(3, 3, 4)},
+    "tf32": {(64, 64): BackwardPartsSm90Tile(3, 3, 3), (128, 128): BackwardPartsSm90Tile(2, 2, 4)},
 }
 # Where another variant of a kernel needs more registers, or more shared memory, than the tile above leaves it.
 FORWARD_WITH_OPTIONS = FORWARD | {
