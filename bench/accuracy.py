@@ -1,8 +1,8 @@
 """``python -m bench.accuracy``: errors in float32 over those of a dense float32 computation, against float64, as a table. Needs a GPU.
 
-512 to 16,384 steps, head dims 32 to 256, causal and full; random normal inputs (q, k, v and the gradient of out) of several scales, and with outliers: one number
-of 5,000 made so many times larger. A number of the table is the largest of max|x - float64| / max|dense - float64| over all lengths and masks. Short inputs
-have more heads, so that each length has 4,096 rows at least.
+512 to 16,384 steps, head dims 32 to 256, causal and full; random normal inputs (q, k, v and the gradient of out) of several scales, and with outliers: one
+number of 5,000 made so many times larger. A number of the table is the largest of max|x - float64| / max|dense - float64| over all lengths and masks. Short
+inputs have more heads, so that each length has 4,096 rows at least.
 """
 
 import argparse
