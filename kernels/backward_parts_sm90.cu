@@ -238,11 +238,6 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   float unit, factor;   // of the products that become scores or their gradients, and of what a tile adds to dV or dK
   if (warpgroup == 0) {
     ExponentialOfParts<Exponential<PRECISION>> exponential(problem);
-    // The largest score of a row is rounded in its lse. Large ones have to be rounded here as they were there: a P of 1 is 1 then, as in a dense computation.
-    auto probability = [&](float score, float lse) {
-      if constexpr (PRECISION == FLOAT32) return exponential.of(__fmul_rn(score, exponential.factor) - lse);
-      else return exponential(score, lse);
-    };
     float dv[VALUE_DIM / 8][4] = {};
     if (threadIdx.x == 0) *(Block*)(shared + Tiles::BLOCK) = block;
     const Block& kept = *(const Block*)(shared + Tiles::BLOCK);   // read where it is needed, for want of registers
@@ -278,7 +273,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
 #pragma unroll
           for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[0][n][i] = probability(p[0][n][i], __uint_as_float(lse[n][i % 2])) * P_SCALE;
+            for (int i = 0; i < 4; ++i) p[0][n][i] = exponential.against_lse(p[0][n][i], __uint_as_float(lse[n][i % 2])) * P_SCALE;
           if (first_query < kept.visible.query_begin(kept.first_key + 63) || first_query + 64 > kept.visible.query_end(kept.first_key))
             kept.visible.template hide<true, 1, 64>(p, lane_key, lane_query, 0.0f);
           if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on

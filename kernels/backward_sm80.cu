@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
       {
         const RowsOfA<typename Tiles::K> k_rows(k_tile, lane);
         const ColumnsOfB<typename Tiles::Q> q_columns(q_tile, lane);
-        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP<Element>, false>(
+        accumulate<PRECISION, ROW_TILES, QUERY_COLUMNS, HEAD_DIM / K_STEP<Element>, false, false, true>(
             p, [&](auto& words, int m, int k) { k_rows.load(words, key_row + m * 16, k); },
             [&](auto& words, int column, int k) { q_columns.load(words, score_group * QUERY_COLUMNS + column, k); });
       }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], lse[i % 2]);
+          for (int i = 0; i < 4; ++i) p[m][n][i] = exponential.against_lse(p[m][n][i], lse[i % 2]);
       }
       // Some query does not see the first or the last key, or the last key or the last query takes no part.
       if (first_query < block.visible.query_begin(first_key() + KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(first_key()))

@@ -48,7 +48,7 @@ __device__ __forceinline__ void gradient_of_products(const Problem& problem, Rea
 #pragma unroll
     for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) p[m][n][i] = exponential(p[m][n][i], lse[m][i / 2]) * (OF_PRODUCT && OPTIONS & SOFTCAP ? derivative[m][n][i] : Real(1));
+      for (int i = 0; i < 4; ++i) p[m][n][i] = exponential.against_lse(p[m][n][i], lse[m][i / 2]) * (OF_PRODUCT && OPTIONS & SOFTCAP ? derivative[m][n][i] : Real(1));
   if (need_mask) visible.template hide<false, ROW_TILES, KEY_TILE>(p, lane_row, lane_column, 0.0f);
   if constexpr ((OPTIONS & DROPOUT) != 0)
     dropout.drop<false, ROW_TILES, KEY_TILE>(

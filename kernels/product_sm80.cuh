@@ -44,15 +44,16 @@ template <int PRECISION> __device__ __forceinline__ void multiply(Real<PRECISION
 // d += a · b over a few steps, FLOAT32. The tensor cores add by truncation: chained over all of k, errors would all go one way and grow with its length. So
 // a few steps are summed from zero, the small products first, and added to d in round-to-nearest (Ootomo & Yokota 2022, arXiv:2203.03341).
 // An infinite input has a low part of NaN; then the small products are NaN, and the maximum drops them, so that high · high decides as a float32 product would.
-// low · low is left out, at most 2^-22 of a term: among many terms it drowns, but a sum of FEW takes it in.
-template <int STEPS, bool FEW>
+// low · low is left out, at most 2^-22 of a term: among many terms it drowns, but a sum of FEW takes it in. TURNED: the bits of bᵀ · aᵀ, transposed.
+template <int STEPS, bool FEW, bool TURNED>
 __device__ __forceinline__ void multiply_split(float (&d)[4], const Fragment<FLOAT32, 4> (&a)[STEPS], const Fragment<FLOAT32, 2> (&b)[STEPS]) {
   float sum[4] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     if constexpr (FEW) mma_tfloat32(sum, a[step].low, b[step].low);
-    mma_tfloat32(sum, a[step].low, b[step].high);
+    if constexpr (!TURNED) mma_tfloat32(sum, a[step].low, b[step].high);
     mma_tfloat32(sum, a[step].high, b[step].low);
+    if constexpr (TURNED) mma_tfloat32(sum, a[step].low, b[step].high);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] = fmaxf(sum[i], -3.402823466e38f);
@@ -199,8 +200,8 @@ __device__ __forceinline__ void store_accumulators(const Tile& tile, int row, in
 // d[m][n] += A · B over STEPS steps of k for ROW_TILES x 16 rows and COLUMNS columns. `load_a(words, m, step)` and `load_b(words, column, step)` give
 // the fragments (b: B_GROUPS groups of 8 columns). A_IN_REGISTERS: load_a needs `step` at compile time. LONG: d has summed many tiles before; the tensor cores
 // truncate what they add to it, which over a million keys takes 0.7 % off a sum of equal terms, so this tile is summed from zero and added in
-// round-to-nearest (FLOAT32 always does so, and float64 tensor cores round to nearest themselves).
-template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool A_IN_REGISTERS, bool LONG = false, typename LoadA, typename LoadB>
+// round-to-nearest (FLOAT32 always does so, and float64 tensor cores round to nearest themselves). TURNED: to the bit what B and A, transposed, would give.
+template <int PRECISION, int ROW_TILES, int COLUMNS, int STEPS, bool A_IN_REGISTERS, bool LONG = false, bool TURNED = false, typename LoadA, typename LoadB>
 __device__ __forceinline__ void accumulate(Real<PRECISION> (&d)[ROW_TILES][COLUMNS / 8][4], LoadA load_a, LoadB load_b) {
   using Word = typename WordOf<typename ElementOf<PRECISION>::type>::type;
   constexpr int GROUPS = B_GROUPS<typename ElementOf<PRECISION>::type>;
@@ -256,7 +257,7 @@ __device__ __forceinline__ void accumulate(Real<PRECISION> (&d)[ROW_TILES][COLUM
         for (int step = 0; step < AT_ONCE; ++step) b[step] = fragment<PRECISION, 2>(words[step] + 2 * group);
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
-          if constexpr (PRECISION == FLOAT32) multiply_split<AT_ONCE, !A_IN_REGISTERS && STEPS <= 4>(d[m][column / 8 + group], a[m], b);
+          if constexpr (PRECISION == FLOAT32) multiply_split<AT_ONCE, !A_IN_REGISTERS && STEPS <= 4, TURNED>(d[m][column / 8 + group], a[m], b);
           else multiply<PRECISION>(d[m][column / 8 + group], a[m][0], b[0]);
         }
       }
