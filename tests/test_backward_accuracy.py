@@ -1,8 +1,12 @@
 """dq, dk and dv are no worse than twice a dense computation in the same dtype, at the sizes that break tilings."""
 
+import numpy
 import pytest
-from support import check_backward, feature_roundings
+from support import Arrays, check_backward, feature_roundings, to_numpy
 from test_forward_accuracy import HEAD_DIMS, LENGTHS, UNEQUAL, UNEQUAL_HEAD_DIMS, lead, roundings
+
+import cuflash
+from cuflash import reference
 
 
 def dout_for(arrays, q, v):
@@ -53,3 +57,17 @@ def test_scale(every, scale):
 def test_two_dimensional_arrays(every):
     q, k, v = every.qkv(129, 65, 40, 24)
     check_backward(dout_for(every, q, v), q, k, v, **every.options)
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_of_one(xp, dtype, head_dim, seed):
+    """Scores of tens of thousands are not known to a thousandth; yet a weight that is 1 is not 1 ± a thousandth: what is subtracted is rounded alike."""
+    arrays = Arrays(xp, dtype, seed)
+    q, k, v = arrays.qkv(128, 128, head_dim, 128, lead=(4,))
+    q, k = 100 * q, 100 * k
+    dout = xp.broadcast_to(xp.eye(128, dtype=dtype), (4, 128, 128))  # so that dv is the weights, transposed
+    weights = to_numpy(cuflash.attention_backward(dout, q, k, v, *cuflash.attention_forward(q, k, v))[2])
+    wanted = to_numpy(reference.attention_backward(dout, q, k, v)[2])
+    assert (wanted > 1 - 1e-15).sum() > 400
+    numpy.testing.assert_array_equal(weights[wanted > 1 - 1e-15], 1)
