@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 import os
 import struct
 
@@ -40,6 +41,7 @@ LAYOUT = numpy.dtype(
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
+_pack_word = struct.Struct("Q").pack_into
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
@@ -57,15 +59,16 @@ class Launch:
         if blocks >= 2**31:
             raise ValueError(f"the call needs {blocks} blocks of a GPU's grid; allowed: fewer than 2**31. Split the batch")
         self.kernel, self.grid, self.block, self.shared_bytes, self.argument = kernel, (blocks,), (threads,), shared_bytes, argument
-        self.maps, self.mapped, self.counts = maps, mapped, counts  # sm90: TensorMaps, and of which arrays; whether blocks count the tiles they take
+        # sm90: TensorMaps, and what finds the addresses they are of; whether blocks count the tiles they take
+        self.maps, self.mapped, self.counts = maps, operator.itemgetter(*mapped), counts
 
     def __call__(self, words):
         argument = bytearray(self.argument)
         for name, word in words.items():
-            struct.pack_into("Q", argument, _WORD_AT[name], word)
+            _pack_word(argument, _WORD_AT[name], word)
         arguments = (numpy.frombuffer(argument, _PASSED),)
         if self.maps is not None:
-            arguments += (self.maps(tuple(words[name] for name in self.mapped)),)
+            arguments += (self.maps(self.mapped(words)),)
         self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
 
 
