@@ -8,9 +8,9 @@
 //   Each makes some columns of dQ, one tile later, and adds them to dq_sum in device memory, in the order of its registers.
 //   A thread of warpgroup 2 issues all copies.
 //
-// Powers of two. Those of Q, K, V and dO come with their groups of 64 rows. P is times P_SCALE: it is at most 1, but for rounding, and keeps 22 bits down to
-// 2^-18. dS has the power that brings the largest of a tile to 2^14 or more, below 2^15: in dQ all keys of a tile are summed, so warpgroup 1 has to agree on it.
-// What dV and dK of a tile add up to, in their own units and truncated as tensor cores do, is multiplied by its power of two as it is added to the totals.
+// Powers of two. Those of Q, K, V and dO come with their groups of 64 rows. P has the power that brings the largest of a warp's 16 keys and a tile to 2^14 or more,
+// below 2^15; dS that of a tile: in dQ all keys of a tile are summed, so warpgroup 1 has to agree on it. What dV and dK of a tile add up to, in their own
+// units and truncated as tensor cores do, is multiplied by its power of two as it is added to the totals.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled; each tile's parts after one another):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x (Pᵀ, float32 in the order of registers, then dSᵀ  64 keys x 64 queries) | Q_STAGES x lse | DO_STAGES x D
@@ -24,14 +24,14 @@
 #include "backward_sm90.cuh"
 #include "parts.cuh"
 
-constexpr float P_SCALE = 32768.0f;
-
-// As pack, but what is too large for float16 becomes the largest number: P is above 1 where scores are so large that lse is not exact, as in any float32 computation.
-__device__ __forceinline__ u32 pack_finite(float first, float second) {
-  u32 packed;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-  return packed;
-}
+// The power of two that brings numbers, of which this is the largest, as bits without a sign, below 2^15, and the one that brings them back: both normal numbers.
+struct Powers {
+  float up, down;
+  __device__ __forceinline__ explicit Powers(u32 largest) {
+    const u32 exponent = min(max(largest >> 23, 15u), 254u);
+    up = __uint_as_float((127 + 14 + 127 - exponent) << 23), down = __uint_as_float((exponent - 14) << 23);
+  }
+};
 
 template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, int DS_STAGES> struct BackwardPartsSm90Tiles {
   static constexpr int KEY_TILE = 64, QUERY_TILE = 64, THREADS = 384, LOADING_REGISTERS = 40, COMPUTING_REGISTERS = 232;
@@ -49,6 +49,7 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2}, DQ_WARPS = DQ_BOXES[1] ? 8 : 4;   // of each warpgroup, and how many warps make dQ
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_BOXES[0] == 1, "operands are whole boxes, and dQ of a warpgroup is one");
   static_assert(DS_STAGES > 1, "dQ is made one tile later");
+  static_assert(Q_STAGES > 1, "the loader goes on to the next queries before the gradients of those at hand are done");
 };
 
 // As load_for_key_block has it, of groups of 64 rows and their factors.
@@ -138,9 +139,9 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
   Ring<DS_STAGES> ds_ring, dq_ring;
   auto p_at = [&](int thread, int n) { return base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + n / 4 * Tiles::BOX + thread / 32 * 2048 + n % 4 * 512 + thread % 32 * 16; };   // of d[n] of Pᵀ
   // Two numbers as words of their parts.
-  auto split = [&](auto pack, float first, float second, u32& high, u32& low) {
-    high = pack(first, second);
-    if constexpr (PARTS == 2) low = pack(first - to_float(half_t{(u16)high}), second - to_float(half_t{(u16)(high >> 16)}));
+  auto split = [&](float first, float second, u32& high, u32& low) {
+    high = pack<FLOAT16>(first, second);
+    if constexpr (PARTS == 2) low = pack<FLOAT16>(first - to_float(half_t{(u16)high}), second - to_float(half_t{(u16)(high >> 16)}));
   };
   auto add_to = [&](auto& total, auto& own, float factor) {
     pin(own);
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
 #pragma unroll
           for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[0][n][i] = exponential.against_lse(p[0][n][i], __uint_as_float(lse[n][i % 2])) * P_SCALE;
+            for (int i = 0; i < 4; ++i) p[0][n][i] = exponential.against_lse(p[0][n][i], __uint_as_float(lse[n][i % 2]));
           if (first_query < kept.visible.query_begin(kept.first_key + 63) || first_query + 64 > kept.visible.query_end(kept.first_key))
             kept.visible.template hide<true, 1, 64>(p, lane_key, lane_query, 0.0f);
           if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
@@ -292,6 +293,12 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           ds_ring.advance();
           arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
           q_ring.advance();
+          float largest = 0.0f;
+#pragma unroll
+          for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(p[0][n][i]));
+          const Powers powers(__reduce_max_sync(0xffffffff, __float_as_uint(largest)));
           u32 high[4][4], low[PARTS == 2 ? 4 : 1][4];
 #pragma unroll
           for (int n = 0; n < 8; ++n)
@@ -299,10 +306,10 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
             for (int half = 0; half < 2; ++half) {
               float weight[2] = {p[0][n][2 * half], p[0][n][2 * half + 1]};
               if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = weight[0] < 0 ? 0 : weight[0], weight[1] = weight[1] < 0 ? 0 : weight[1];
-              split(pack_finite, weight[0], weight[1], high[n / 2][n % 2 * 2 + half], low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half]);
+              split(weight[0] * powers.up, weight[1] * powers.up, high[n / 2][n % 2 * 2 + half], low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half]);
             }
           do_ring.wait_full(base + Tiles::DO_FULL);
-          factor = load_factor(base + Tiles::DO_FACTORS + do_ring.stage * FACTOR_BYTES) * (1.0f / P_SCALE);
+          factor = load_factor(base + Tiles::DO_FACTORS + do_ring.stage * FACTOR_BYTES) * powers.down;
           multiply_words_of_parts<PARTS, VALUE_DIM, Tiles::BOX>(sum, high, low, uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES));   // Pᵀ dO
         },
         [&](float (&sum)[VALUE_DIM / 8][4]) {
@@ -325,30 +332,41 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           multiply_rows_of_parts<PARTS, 64, VALUE_DIM, Tiles::BOX, Tiles::BOX>(dp, base + Tiles::V, uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES));
         },
         [&](int, int, Scores& scores, float (&sum)[HEAD_DIM / 8][4]) {
-          float (&ds)[8][4] = scores[0];   // dPᵀ, then dSᵀ times P_SCALE
+          float (&ds)[8][4] = scores[0];   // dPᵀ, then dSᵀ
           u32 d[8][2];
 #pragma unroll
           for (int n = 0; n < 8; ++n) load_shared(d[n][0], d[n][1], base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8 + n * 32);
           ds_ring.wait_full(base + Tiles::P_FULL);
-          float largest = 0.0f;
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             const uint4 words = load_shared_16_bytes(p_at(threadIdx.x % 128, n));
             const u32 p[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              ds[n][i] = gradient_of_score<OPTIONS>(problem, __uint_as_float(p[i]), ds[n][i] * unit, __uint_as_float(d[n][i % 2]));
-              largest = fmaxf(largest, fabsf(ds[n][i]));   // a NaN is left out, and stays one in the parts
-            }
+            for (int i = 0; i < 4; ++i) ds[n][i] = gradient_of_score<OPTIONS>(problem, __uint_as_float(p[i]), ds[n][i] * unit, __uint_as_float(d[n][i % 2]));
           }
-          const u32 largest_at = base + Tiles::LARGEST + ds_ring.stage * 16, of_warp = __reduce_max_sync(0xffffffff, __float_as_uint(largest));
-          if (lane == 0) store_shared(largest_at + warp * 4, of_warp);
-          named_barrier_sync(1, 128);
-          const uint4 of_warps = load_shared_16_bytes(largest_at);
-          const u32 exponent = max(max(max(of_warps.x, of_warps.y), max(of_warps.z, of_warps.w)) >> 23, 40u);   // so that both factors are normal numbers
-          const float up = __uint_as_float((127 + 14 + 127 - exponent) << 23);
-          const u32 down = (exponent - 14 - 15) << 23;   // 15: of P_SCALE
-          if (threadIdx.x == 128) store_shared(base + Tiles::DS_FACTORS + ds_ring.stage * 4, down);
+          // A NaN is no larger than others and stays one in the parts, as an infinity does: it is left out where there is one.
+          auto largest_below = [&](u32 limit) {
+            u32 largest = 0;
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const u32 size = __float_as_uint(fmaxf(fabsf(ds[n][i]), 0.0f));
+                largest = max(largest, size < limit ? size : 0);
+              }
+            const u32 at = base + Tiles::LARGEST + ds_ring.stage * 16, of_warp = __reduce_max_sync(0xffffffff, largest);
+            if (lane == 0) store_shared(at + warp * 4, of_warp);
+            named_barrier_sync(1, 128);
+            const uint4 of_warps = load_shared_16_bytes(at);
+            return max(max(of_warps.x, of_warps.y), max(of_warps.z, of_warps.w));
+          };
+          u32 largest = largest_below(~0u);
+          if (largest >= 0x7f800000) {
+            named_barrier_sync(1, 128);   // all have read it
+            largest = largest_below(0x7f800000);
+          }
+          const Powers powers(largest);
+          if (threadIdx.x == 128) store_shared(base + Tiles::DS_FACTORS + ds_ring.stage * 4, __float_as_uint(powers.down));
 
           int swizzle = row % 8 << 4;
           keep_here(swizzle);
@@ -360,7 +378,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
             for (int half = 0; half < 2; ++half) {
               u32& high_word = high[n / 2][n % 2 * 2 + half];
               u32& low_word = low[PARTS == 2 ? n / 2 : 0][n % 2 * 2 + half];
-              split(pack<FLOAT16>, ds[n][2 * half] * up, ds[n][2 * half + 1] * up, high_word, low_word);
+              split(ds[n][2 * half] * powers.up, ds[n][2 * half + 1] * powers.up, high_word, low_word);
               store_shared(ds_at + half * 8 * 128 + (n << 4 ^ swizzle), high_word);
               if constexpr (PARTS == 2) store_shared(ds_at + Tiles::BOX + half * 8 * 128 + (n << 4 ^ swizzle), low_word);
             }
@@ -371,7 +389,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
           ds_ring.advance();
           q_ring.wait_full(base + Tiles::Q_FULL);
-          factor = __uint_as_float(down) * load_factor(base + Tiles::Q_FACTORS + q_ring.stage * FACTOR_BYTES);
+          factor = powers.down * load_factor(base + Tiles::Q_FACTORS + q_ring.stage * FACTOR_BYTES);
           multiply_words_of_parts<PARTS, HEAD_DIM, Tiles::BOX>(sum, high, low, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));   // dSᵀ Q
         },
         [&](float (&sum)[HEAD_DIM / 8][4]) {

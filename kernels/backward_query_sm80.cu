@@ -10,6 +10,7 @@
 // Shared memory:  Q  QUERY_TILE x HEAD_DIM | dO  QUERY_TILE x VALUE_DIM | STAGES x (K | V); dQ is staged over Q at the end.
 // Order of waits: as in forward_sm80.cu; with one stage, the next tile is loaded once every warp is done with this one.
 #include "gradient_sm80.cuh"
+#include "parts_words.cuh"
 
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, int KEY_TILE, int STAGES, int COLUMN_GROUPS = 1>
 struct BackwardQueryTiles : GradientTiles<PRECISION, HEAD_DIM, VALUE_DIM, WARPS / COLUMN_GROUPS, ROW_TILES, KEY_TILE> {
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_query_sm80
   constexpr int HEAD_COLUMNS = HEAD_DIM / COLUMN_GROUPS;
   extern __shared__ __align__(128) u8 shared[];
   if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
-    if (problem.tile_counter && !problem.tile_counter[1]) return;   // the sm90 family has made it (float32_parts.cu)
+    if (problem.tile_counter && !problem.tile_counter[REFUSED]) return;   // the sm90 family has made it (float32_parts.cu)
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = (COLUMN_GROUPS > 1 ? warp % Tiles::ROW_GROUPS : warp) * Tiles::WARP_ROWS;
   const int first_column = COLUMN_GROUPS > 1 ? warp / Tiles::ROW_GROUPS * HEAD_COLUMNS : 0;

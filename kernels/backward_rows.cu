@@ -6,6 +6,7 @@
 //
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
+#include "parts_words.cuh"
 
 constexpr int LANES = 8;
 
@@ -74,7 +75,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
     if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
   }
   // Key blocks wait for each other as sequences that follow each other do. With offsets that do not, whoever is waited for may not exist.
-  if constexpr (ZERO_DQ_SUM && sizeof(Element) == 2) {   // of others none take turns
+  if constexpr (ZERO_DQ_SUM && PRECISION != FLOAT64) {   // of that none take turns
     if (blockIdx.x == 0 && problem.row_turn) {
       bool descend = false;
       if constexpr ((OPTIONS & PACKED) != 0)
@@ -139,7 +140,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ v
     const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + piece * 256 + lane;
     float dq[8][4];
     bool in_rows = false;   // of float32 arrays the sm80 family may have made the sums
-    if constexpr (sizeof(Element) == 4) in_rows = problem.tile_counter[1];
+    if constexpr (sizeof(Element) == 4) in_rows = problem.tile_counter[REFUSED];
     if (in_rows) {
       const float* own = problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded + row) * HEAD_DIM + first_column + lane % 4 * 2;
 #pragma unroll

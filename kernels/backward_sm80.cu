@@ -17,6 +17,7 @@
 // and before dSᵀ overwrites it.
 #include "gradient_sm80.cuh"
 #include "key_block.cuh"
+#include "parts_words.cuh"
 #include "product_sm80.cuh"
 #include "ptx/reduce.cuh"
 #include "score.cuh"
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   using Block = KeyBlock<OPTIONS, KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(128) u8 shared[];
   if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) {
-    if (problem.tile_counter && !problem.tile_counter[1]) return;   // the sm90 family has made it (float32_parts.cu)
+    if (problem.tile_counter && !problem.tile_counter[REFUSED]) return;   // the sm90 family has made it (float32_parts.cu)
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int key_row = warp % Tiles::KEY_GROUPS * Tiles::WARP_KEYS, column_group = warp / Tiles::KEY_GROUPS;

@@ -1,4 +1,4 @@
-// Float32 arrays as float16 parts, for the float16 products of forward_sm90.cu: x · 2^e = high + low, each a float16 number, which keeps 23 bits of x;
+// Float32 arrays as float16 parts, for the float16 products of forward_sm90.cu and backward_parts_sm90.cu: x · 2^e = high + low, each a float16 number, which keeps 23 bits of x;
 // or high alone, 11 bits, as tf32 has. A power of two 2^e brings the largest |x| of a group of rows to 2^14 or more, below 2^15.
 //
 // An array of parts is (places, groups · (ROWS + 1), PARTS · columns in whole 64): each group's ROWS rows [high | low] and a row that starts with 2^-e.

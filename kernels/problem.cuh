@@ -37,7 +37,7 @@ struct Problem {
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
-  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Behind it parts_words.cuh
+  u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Of float32 calls parts_words.cuh lies behind it
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
   const int* cu_k;
   unsigned long long seed;      // dropout

@@ -183,7 +183,7 @@ template <int PRECISION> struct Exponential {
   static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(NATURAL ? exponent * LOG2_E : exponent); }
   __device__ __forceinline__ float operator()(float score, float shift) const { return of(fmaf(score, factor, -shift)); }
   // Against an lse, the shift of backward. A row's largest score was rounded before it became part of its lse. Scores that are large have to be rounded here as
-  // they were there: a P of 1 is 1 then, as in a dense computation.
+  // they were there: a P of 1 is 1 then, as in a dense computation, if the forward pass was of the same family.
   __device__ __forceinline__ float against_lse(float score, float lse) const { return NATURAL ? of(__fmul_rn(score, factor) - lse) : (*this)(score, lse); }
 
   static __device__ __forceinline__ float shift_of_lse(float lse) { return lse * UNIT; }

@@ -12,7 +12,7 @@ import cuflash
 if cupy is None:
     pytest.skip("needs CuPy", allow_module_level=True)
 
-from cuflash import cupy_backend, repeat
+from cuflash import cupy_backend, reference, repeat
 from cuflash.cupy_backend import launch, tiles
 from cuflash.problem import make_problem
 
@@ -377,6 +377,41 @@ class TestBackwardOfFloat32InParts(InParts):
         v[:, 700, 3] *= 1000
         dout[:, 300, 5] *= 1000
         check_backward(dout, q, k, v, **arrays.options)
+        pairs = zip(*(self.gradients(dout, q, k, v, family, **arrays.options) for family in ("sm90", "sm80")))
+        assert all((own != other).any() for own, other in pairs)  # parts were not refused
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_weights_of_one(self, head_dim, seed, no_plans):
+        """Of scores of tens of thousands: they have the bits of forward's."""
+        q, k, v = Arrays(cupy, "float32", seed).qkv(128, 128, head_dim, 128, lead=(4,))
+        q, k, dout = 100 * q, 100 * k, cupy.broadcast_to(cupy.eye(128, dtype=numpy.float32), (4, 128, 128))
+        weights = cuflash.attention_backward(dout, q, k, v, *cuflash.attention_forward(q, k, v))[2]
+        assert isinstance(self.plan(no_plans), launch.PartsBackward)
+        ones = reference.attention_backward(dout, q, k, v)[2] > 1 - 1e-12
+        assert ones.sum() > 400
+        assert (weights[ones] == 1).all()
+
+    @pytest.mark.parametrize("sink", [12.0, 20.0, 30.0])
+    def test_small_weights_behind_a_sink(self, arrays, sink):
+        """In one of the heads: there they are all that dq, dk and dv are made of."""
+        q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
+        dout, sinks = arrays.normal(2, 3, 300, 64), cupy.asarray([0.0, sink, 0.0], numpy.float32)
+        for head in range(3):
+            own = slice(head, head + 1)
+            check_backward(*(array[:, own] for array in (dout, q, k, v)), sinks=sinks[own], roundings=8, **arrays.options)
+
+    def test_an_infinite_gradient_of_lse_stays_in_its_row(self, arrays):
+        q, k, v = arrays.qkv(200, 300, 64, lead=(2,))
+        dout, dlse, others = arrays.normal(2, 200, 64), arrays.normal(2, 200), cupy.arange(200) != 70
+        out, lse = cuflash.attention_forward(q, k, v, **arrays.options)
+        expected = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arrays.options)
+        dlse[1, 70] = numpy.inf
+        dq, dk, dv = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arrays.options)
+        tolerance = 1e-5 if arrays.options == {} else 1e-2
+        numpy.testing.assert_allclose(to_numpy(dq[:, others]), to_numpy(expected[0][:, others]), atol=tolerance * float(abs(expected[0]).max()))
+        numpy.testing.assert_array_equal(to_numpy(dk[0]), to_numpy(expected[1][0]))
+        numpy.testing.assert_array_equal(to_numpy(dv), to_numpy(expected[2]))
+        assert not cupy.isfinite(dq[1, 70]).any()
 
     @pytest.mark.parametrize("what", ["nan", "inf", "a small row", "a small column", "hidden and large", "too large"])
     @pytest.mark.parametrize("deterministic", [False, True])
@@ -412,11 +447,11 @@ class TestBackwardOfFloat32InParts(InParts):
         for own, wanted in zip(self.gradients(dout, q, k, v, **options), expected):
             numpy.testing.assert_array_equal(to_numpy(own), to_numpy(wanted))
 
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_a_thousand_runs_are_equal(self, arrays, causal, monkeypatch):
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"cu_seqlens": ([0, 300, 500], [0, 300, 500])}], ids=str)
+    def test_a_thousand_runs_are_equal(self, arrays, options, monkeypatch):
         q, k, v = arrays.qkv(500, 500, 128, lead=(2, 8))
-        dout, options = arrays.normal(2, 8, 500, 128), {"causal": causal, "deterministic": True, **arrays.options}
-        out, lse = cuflash.attention_forward(q, k, v, causal=causal, **arrays.options)
+        dout, options = arrays.normal(2, 8, 500, 128), {**options, "deterministic": True, **arrays.options}
+        out, lse = cuflash.attention_forward(q, k, v, **options)
         first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
         differs = cupy.zeros((), bool)
         for _ in range(1000):

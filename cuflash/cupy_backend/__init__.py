@@ -254,9 +254,8 @@ def warmup(dtypes, head_dims):
         size, kind = tiles.element_bytes(precision), tiles.PRECISIONS[precision]
         for head_dim in head_dims:
             dims = tiles.head_dims(head_dim, head_dim, tiles.head_dims_of(precision))
-            tables = (tiles.FORWARD, tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
-            forward_tile, main, without_dq, query = (tiles.choose(table, precision, dims, limit) for table in tables)
-            finish, backward = f"backward_finish<{kind}, {dims[0]}, 0>", None
+            forward_tile = tiles.choose(tiles.FORWARD, precision, dims, limit)
+            finish, backward, sm80_dims = f"backward_finish<{kind}, {dims[0]}, 0>", None, [dims]
             if launch.family(device)[0] == "sm90" and size == 2:
                 own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_SM90)
                 row = [tile for _, tile in tiles.FORWARD_SM90[max(own)]]
@@ -270,16 +269,23 @@ def warmup(dtypes, head_dims):
                         wanted += [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own, 0, precision))]
                         wanted += [("float32_parts.cu", tiles.float32_parts(precision, own, 0, tile.key_tile), 0)]
                     wanted += _backward_parts(precision, head_dim)
+                    standing_by = tiles.backward_parts(precision, head_dim, head_dim, 0)[1]
+                    sm80_dims += [standing_by] if standing_by != dims else []
             if backward is not None:
                 main, dims = backward
                 wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]
                 finish = tiles.backward_finish_sm90(precision, dims, 0, main.query_tile)
-            else:
+                sm80_dims = []
+            for own in sm80_dims:
+                main, without_dq, query = (
+                    tiles.choose(table, precision, own, limit) for table in (tiles.BACKWARD, tiles.BACKWARD_WITHOUT_DQ, tiles.BACKWARD_QUERY)
+                )
                 if main.query_gradient:
-                    wanted += [(main.file, main.name(precision, dims, 0, True), main.shared_bytes(dims, size))]
-                wanted += [(without_dq.file, without_dq.name(precision, dims, 0, False), without_dq.shared_bytes(dims, size))]
-                wanted += [(query.file, query.name(precision, dims, 0), query.shared_bytes(dims, size))]
-            wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
+                    wanted += [(main.file, main.name(precision, own, 0, True), main.shared_bytes(own, size))]
+                wanted += [(without_dq.file, without_dq.name(precision, own, 0, False), without_dq.shared_bytes(own, size))]
+                wanted += [(query.file, query.name(precision, own, 0), query.shared_bytes(own, size))]
+            for own in sm80_dims or [dims]:
+                wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {own[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
             wanted += [("backward_rows.cu", finish, 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()

@@ -503,9 +503,8 @@ class BackwardPlan:
             if maps is not None:
                 main, dims = own
             else:
-                log.info(
-                    "backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else "TMA cannot read these strides"
-                )
+                unreadable = "TMA cannot read these strides" if size == 2 else "parts of these arrays would take much memory, or TMA cannot read them"
+                log.info("backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else unreadable)
         in_parts = float32_parts is not None and maps is not None
         self.dims = dims
         # dQ comes from sums over the key blocks, in no fixed order or (sm90) in theirs, or (sm80) from a kernel of its own.
