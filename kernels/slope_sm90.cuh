@@ -27,7 +27,8 @@ template <int KEY_TILE> struct KeyNumbers {
 // counts as one that crosses the diagonal.
 template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
   static constexpr bool IN_PRODUCTS = (PRECISION == FLOAT16 || PRECISION == BFLOAT16) && !(OPTIONS & (SCALE_FIRST | SOFTCAP));   // else products are no scores yet
-  int left_end = 0, right_begin = 1 << 30;   // key tiles before the one, and from the other on, lie to one side
+  static constexpr int MOST = 1 << 30;   // no key is further out; distances from less fit in an int
+  int left_end = 0, right_begin = MOST;   // key tiles before the one, and from the other on, lie to one side
   u32 word = 0;                              // this lane's pair of the columns of Q, to the left of the diagonal
 
   __device__ __forceinline__ Slope(const Problem& problem, const Score<PRECISION, OPTIONS>& score, int first_row, int lane) {
@@ -46,16 +47,18 @@ template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
       sides = sides && fabsf(rest) * (KEY_TILE * problem.score_unit) <= 1.5e-5f;
       word = lane % 4 == 0 ? pack<PRECISION>(parts[0], parts[1]) : lane % 4 == 1 ? pack<PRECISION>(parts[2], parts[3]) : 0;
     }
-    if (!uniform(sides)) return;
-    const i64 diagonal = first_row + score.offset, most = 1 << 30;   // of the first row; no key is further out than `most`
-    left_end = uniform((int)min(max(diagonal + 1, 0ll), most) / KEY_TILE);
-    right_begin = uniform(ceil_div((int)min(max(diagonal + 15, 0ll), most), KEY_TILE));
+    const i64 diagonal = first_row + score.offset;   // of the first row
+    if (!uniform(sides && -MOST < diagonal && diagonal < MOST)) return;
+    left_end = uniform(max((int)diagonal + 1, 0) / KEY_TILE);
+    right_begin = uniform(ceil_div(max((int)diagonal + 15, 0), KEY_TILE));
   }
 
   __device__ __forceinline__ Side side(int tile) const { return tile < left_end ? LEFT : tile >= right_begin ? RIGHT : CROSSING; }
 
-  // What all scores of a row get where its tile has a side.
-  __device__ __forceinline__ static float of_row(const Score<PRECISION, OPTIONS>& score, Side side, int row, int first_column) { return side * score.slope * (float)(first_column - row - score.offset); }
+  // What all scores of a row get.
+  static __device__ __forceinline__ float of_row(const Score<PRECISION, OPTIONS>& score, Side side, int row, int first_column) {
+    return side == CROSSING ? 0.0f : (side == LEFT ? score.slope : -score.slope) * (float)(first_column - row - (int)score.offset);
+  }
 };
 
 // S = Q Kᵀ as multiply_rows makes it, plus ± slope · j. The slope comes last: what is added to S is truncated to the last bits of S, and its terms may be large.
