@@ -143,7 +143,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pin(output);
     }
   };
-  auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, int n, Side side) {
+  auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, const Slope& slope, int n, Side side) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr (PARTS != 0) {
       if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
@@ -155,10 +155,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         exponential.set_unit(problem, score_factor);
       }
     }
-    if constexpr (SLOPED) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) softmax.base[half] = Slope::of_row(tile.score, side, row + half * 8, n * KEY_TILE) * exponential.factor;
-    }
+    if constexpr (SLOPED) slope.of_rows(softmax.base, n, side);
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
       bias_ring.wait_full(base + Tiles::BIAS_FULL);
       const bool one_row = problem.bias.row_stride == 0;
@@ -252,7 +249,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     int begin = uniform(any ? min(max(keys.begin, first), last) : last), end = uniform(any ? max(min(keys.end, last), begin) : last);
     const Walk<OPTIONS> walk{first, OUTWARDS ? uniform(tile.walk.nearest) : 0};
     walk.to_steps(begin, end);
-    const Slope slope(problem, tile.score, tile.block.first_query + warp_row, lane);
+    const Slope slope(problem, tile.score, exponential.factor, tile.block.first_query + warp_row, lane);
     auto pass = [&](int from, int to) {
 #pragma unroll 1
       for (int n = from; n < to; ++n) {
@@ -292,7 +289,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
       if (begin + 1 == end) arrive(Tiles::Q_EMPTY + 8 * warpgroup);
-      score_tile(tile, keys, at, side);
+      score_tile(tile, keys, slope, at, side);
       if ((OPTIONS & (ALIBI | SINKS)) || !softmax.try_start(scores[0], exponential, keep)) probabilities();
       bias_read();
       drop(tile, at);
@@ -314,9 +311,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         if (n + 1 < end) wait_k();   // what the next products need, while O += P V runs
         else arrive(Tiles::Q_EMPTY + 8 * warpgroup);
         wait_v(tile, at);
-        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, at, side);
+        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, slope, at, side);
         wait_p_v(v_read);
-        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, at, side);
+        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, slope, at, side);
         arrive(Tiles::V_EMPTY + 8 * v_read);
         if ((OPTIONS & LONG_SUMS) != 0 && (n - begin) % SEGMENT == 0) {
           add_totals(n - begin > SEGMENT);

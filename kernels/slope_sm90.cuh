@@ -23,18 +23,21 @@ template <int KEY_TILE> struct KeyNumbers {
   }
 };
 
-// The slope of a query tile, for one warp's 16 queries of it. A slope that scores do not fall with, or that three parts do not hold, has no side: every tile
+// The slope of a query tile, for one warp's 16 queries of it. A slope that scores do not fall with, or that three parts do not hold, has no sides: every tile
 // counts as one that crosses the diagonal.
 template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
   static constexpr bool IN_PRODUCTS = (PRECISION == FLOAT16 || PRECISION == BFLOAT16) && !(OPTIONS & (SCALE_FIRST | SOFTCAP));   // else products are no scores yet
-  static constexpr int MOST = 1 << 30;   // no key is further out; distances from less fit in an int
-  int left_end = 0, right_begin = MOST;   // key tiles before the one, and from the other on, lie to one side
+  static constexpr int MOST = 1 << 30;       // no key is further out; distances from less fit in an int
+  int left_end = 0, right_begin = MOST;      // key tiles before the one, and from the other on, lie to one side
   u32 word = 0;                              // this lane's pair of the columns of Q, to the left of the diagonal
+  int diagonal = 0;                          // of this lane's first row
+  float step = 0.0f;                         // the slope as an exponent
 
-  __device__ __forceinline__ Slope(const Problem& problem, const Score<PRECISION, OPTIONS>& score, int first_row, int lane) {
+  __device__ __forceinline__ Slope(const Problem& problem, const Score<PRECISION, OPTIONS>& score, float factor, int first_row, int lane) {
     if constexpr ((OPTIONS & ALIBI) == 0) return;
     const float slope = score.slope;
-    bool sides = slope >= 0.0f && slope <= 32768.0f;
+    const i64 first = first_row + score.offset;
+    bool sides = slope >= 0.0f && slope <= 32768.0f && -MOST < first && first < MOST;
     if constexpr (IN_PRODUCTS) {
       float parts[4] = {}, rest = slope;
 #pragma unroll
@@ -43,21 +46,22 @@ template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
         from_float(part, rest);
         parts[i] = to_float(part), rest -= parts[i];
       }
-      // A rest is what subnormal parts leave.
-      sides = sides && fabsf(rest) * (KEY_TILE * problem.score_unit) <= 1.5e-5f;
+      sides = sides && fabsf(rest) * (KEY_TILE * problem.score_unit) <= 1.5e-5f;   // which subnormal parts may leave
       word = lane % 4 == 0 ? pack<PRECISION>(parts[0], parts[1]) : lane % 4 == 1 ? pack<PRECISION>(parts[2], parts[3]) : 0;
     }
-    const i64 diagonal = first_row + score.offset;   // of the first row
-    if (!uniform(sides && -MOST < diagonal && diagonal < MOST)) return;
-    left_end = uniform(max((int)diagonal + 1, 0) / KEY_TILE);
-    right_begin = uniform(ceil_div(max((int)diagonal + 15, 0), KEY_TILE));
+    if (!uniform(sides)) return;
+    left_end = uniform(max((int)first + 1, 0) / KEY_TILE);
+    right_begin = uniform(ceil_div(max((int)first + 15, 0), KEY_TILE));
+    diagonal = (int)first + lane / 4, step = slope * factor;
   }
 
   __device__ __forceinline__ Side side(int tile) const { return tile < left_end ? LEFT : tile >= right_begin ? RIGHT : CROSSING; }
 
-  // What all scores of a row get.
-  static __device__ __forceinline__ float of_row(const Score<PRECISION, OPTIONS>& score, Side side, int row, int first_column) {
-    return side == CROSSING ? 0.0f : (side == LEFT ? score.slope : -score.slope) * (float)(first_column - row - (int)score.offset);
+  // What all scores of the lane's two rows get in a tile, as exponents.
+  __device__ __forceinline__ void of_rows(float (&base)[2], int tile, Side side) const {
+    const float signed_step = side == CROSSING ? 0.0f : side == LEFT ? step : -step;
+    base[0] = signed_step * (float)(tile * KEY_TILE - diagonal);
+    base[1] = fmaf(signed_step, -8.0f, base[0]);
   }
 };
 
