@@ -3,14 +3,16 @@
 //   O = softmax(scores(Q Kᵀ)) V,   lse = log of the softmax denominator; what scores are, and the options of a call, is in score.cuh
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
 //
-// A block takes query tiles of WARPGROUPS · 64 queries of one head, one after the other, and walks over the key tiles that any of them sees.
+// A block takes query tiles of WARPGROUPS · 64 queries of one head, one after the other, and walks over the key tiles that any of them sees: in ascending order,
+// or with ALIBI outwards from the diagonal (Walk in forward_sm90.cuh).
 //   Warpgroups 0 .. WARPGROUPS - 1, the consumers: each owns 64 queries and all columns, a warp 16 of them, so the softmax never leaves the warp; S, P and O
 //     stay in registers. What one computes besides products runs beside the products of the others.
 //   The last warpgroup, a thread of each warp: loaders of keys, of values, and of queries; and the scheduler, which works out the next query tile.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   WARPGROUPS x Q  64 x HEAD_DIM | STAGES x K  KEY_TILE x HEAD_DIM | STAGES x V  KEY_TILE x VALUE_DIM | STAGED_BIAS: 2 x bias  QUERY_TILE x KEY_TILE
-//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
+//   | LONG_SUMS: totals of O, float32 | ALIBI: numbers of keys (slope_sm90.cuh) | 2 x QueryTile | barriers
+//   | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
 //
 // PARTS: Q, K and V are float16 numbers that float32_parts.cu made (parts.cuh), rows of high parts and then low ones; P is split in registers. A product of two
 // numbers is low · high + high · low + high · high; what P V of a tile adds up to is multiplied by the values' power of two as it is added to O.
@@ -242,7 +244,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
-    // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end), from here on as steps of the walk; the others it only lets pass.
+    // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end), from here on steps of the walk. The others it only lets pass, or where
+    // they come in between, hides.
     const int first = uniform(tile.keys.begin), last = uniform(tile.keys.end);
     KeyTiles<OPTIONS, KEY_TILE> keys(tile.visible, tile.block.first_query + warpgroup * 64, 64);
     const bool any = warpgroup * 64 < tile.rows && keys.begin < keys.end;

@@ -85,7 +85,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
 
   // A row's first tile without raise(), against shifts of 0: where scores are so small, or so large, that another shift is better, nothing is taken.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_start(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const Real against[2] = {0.0f, 0.0f};
+    const Real against[2] = {BASED ? -base[0] : 0, BASED ? -base[1] : 0};
     Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);

@@ -125,6 +125,7 @@ def test_instances_with_options(options, precision, dims):
 
 SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS)))
 SM90_OPTIONS += (tiles.SPLIT_KEYS | tiles.LONG_SUMS, (tiles.SPLIT_KEYS | ALL_OPTIONS) & ~(tiles.PACKED | tiles.SINKS))
+SLOPED = tiles.ALIBI | tiles.BIAS | tiles.MASK  # with ALIBI in the products: most registers
 STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS | WHICH_SCORES) & ~tiles.PACKED)
 
 
@@ -132,7 +133,11 @@ STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS |
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_instances_of_sm90(precision, dims):
     """No spills, and no note of the compiler that it put a wait between products, or did not hand over registers."""
-    options = (*SM90_OPTIONS, *STAGED_BIAS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS) if precision == "bfloat16" else (0, WHICH_SCORES, tiles.SOFTCAP)
+    options = (
+        (*SM90_OPTIONS, *STAGED_BIAS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS, SLOPED)
+        if precision == "bfloat16"
+        else (0, WHICH_SCORES, tiles.SOFTCAP, tiles.ALIBI)
+    )
     chosen = [(tiles.forward_sm90(dims, own, queries), own) for own in options for queries in (50, 500, 1000, 5000)]
     names = {tile.name(precision, dims, own): None for tile, own in chosen if tile is not None}
     assert spills("forward_sm90.cu", list(names), "sm_90a") == []
