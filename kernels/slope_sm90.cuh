@@ -67,8 +67,10 @@ template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
 
 // S = Q Kᵀ as multiply_rows makes it, plus ± slope · j. The slope comes last: what is added to S is truncated to the last bits of S, and its terms may be large.
 template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows_and_slope(float (&d)[N / 8][4], u32 a_at, u32 b_at, u32 word, Side side, u32 numbers_at) {
-  u32 words[4] = {side == CROSSING ? 0 : side == LEFT ? word : word ^ 0x80008000u, 0, 0, 0};
-  words[1] = words[0];   // the same slope for the lane's two rows
+  const u32 signed_word = side == CROSSING ? 0 : side == LEFT ? word : word ^ 0x80008000u;
+  u32 words[4] = {signed_word, signed_word, 0, 0};   // the same for the lane's two rows
+#pragma unroll
+  for (int i = 0; i < 4; ++i) keep_here(words[i]);   // in their registers before the fence
   wgmma_fence();
   issue_rows<false, PRECISION, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
   Wgmma<PRECISION, N>::template multiply_registers_along_k<true>(d, words, descriptor_of_short_rows(numbers_at));
