@@ -208,6 +208,7 @@ def test_sizes_of_sm90_tiles():
     for table in (
         tiles.FORWARD_SM90,
         tiles.FORWARD_SM90_WITH_OPTION,
+        tiles.FORWARD_SM90_ALIBI,
         tiles.FORWARD_SM90_WITH_OPTIONS,
         tiles.FORWARD_SM90_LONG_SUMS,
         tiles.FORWARD_SM90_SPLIT_KEYS,
@@ -215,7 +216,7 @@ def test_sizes_of_sm90_tiles():
     ):
         options = tiles.LONG_SUMS if table in (tiles.FORWARD_SM90_LONG_SUMS, tiles.FORWARD_SM90_SPLIT_KEYS) else 0
         options |= tiles.STAGED_BIAS if table is tiles.FORWARD_SM90_STAGED_BIAS else 0
-        with_slopes = (tiles.FORWARD_SM90_WITH_OPTION, tiles.FORWARD_SM90_WITH_OPTIONS, tiles.FORWARD_SM90_SPLIT_KEYS)
+        with_slopes = (tiles.FORWARD_SM90_ALIBI, tiles.FORWARD_SM90_WITH_OPTIONS, tiles.FORWARD_SM90_SPLIT_KEYS)
         options |= tiles.ALIBI if table in with_slopes else 0
         for dims, row in table.items():
             dims = dims if isinstance(dims, tuple) else (dims, dims)
