@@ -4,7 +4,7 @@
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
 //
 // A block takes query tiles of WARPGROUPS · 64 queries of one head, one after the other, and walks over the key tiles that any of them sees: in ascending order,
-// or with ALIBI outwards from the diagonal (Walk in forward_sm90.cuh).
+// or with ALIBI, but of PARTS, outwards from the diagonal (Walk in forward_sm90.cuh).
 //   Warpgroups 0 .. WARPGROUPS - 1, the consumers: each owns 64 queries and all columns, a warp 16 of them, so the softmax never leaves the warp; S, P and O
 //     stay in registers. What one computes besides products runs beside the products of the others.
 //   The last warpgroup, a thread of each warp: loaders of keys, of values, and of queries; and the scheduler, which works out the next query tile.
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   using Tile = QueryTile<PRECISION, OPTIONS, Tiles::QUERY_TILE, KEY_TILE>;
   using Element = typename ElementOf<PRECISION>::type;
   using Slope = ::Slope<PRECISION, OPTIONS, KEY_TILE>;
-  constexpr bool OUTWARDS = (OPTIONS & ALIBI) != 0, SLOPED = OUTWARDS && Slope::IN_PRODUCTS;
+  constexpr bool OUTWARDS = Slope::OUTWARDS, SLOPED = Slope::IN_PRODUCTS;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     KeyTiles<OPTIONS, KEY_TILE> keys(tile.visible, tile.block.first_query + warpgroup * 64, 64);
     const bool any = warpgroup * 64 < tile.rows && keys.begin < keys.end;
     int begin = uniform(any ? min(max(keys.begin, first), last) : last), end = uniform(any ? max(min(keys.end, last), begin) : last);
-    const Walk<OPTIONS> walk{first, OUTWARDS ? uniform(tile.walk.nearest) : 0};
+    const Walk<OUTWARDS> walk{first, OUTWARDS ? uniform(tile.walk.nearest) : 0};
     walk.to_steps(begin, end);
     const Slope slope(problem, tile.score, exponential.factor, tile.block.first_query + warp_row, lane);
     auto pass = [&](int from, int to) {
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
           add_totals(n - begin > SEGMENT);
           take_totals();
         }
-        if ((OUTWARDS && side != walk.outward(n)) || !softmax.try_take(scores[0], exponential, keep)) probabilities();
+        if (((OPTIONS & ALIBI) && side != walk.outward(n)) || !softmax.try_take(scores[0], exponential, keep)) probabilities();
         bias_read();
         drop(tile, at);
       }

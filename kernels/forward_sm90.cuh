@@ -9,19 +9,19 @@ struct TensorMapsWithBias : TensorMaps { TensorMap bias; };
 template <bool STAGED_BIAS> struct TensorMapsOf { using type = TensorMaps; };
 template <> struct TensorMapsOf<true> { using type = TensorMapsWithBias; };
 
-// The order in which a block walks over its key tiles: ascending; or with ALIBI outwards from `nearest`, where the diagonal is: down to the first of all, then
+// The order in which a block walks over its key tiles: ascending, or outwards from `nearest`, where the diagonal is: down to the first of all, then
 // up from the one after it. So a row's largest scores tend to come first, and later tiles need no search for a new maximum.
-template <int OPTIONS> struct Walk {
+template <bool OUTWARDS> struct Walk {
   int first, nearest;
 
-  __device__ __forceinline__ int tile(int step) const { return OPTIONS & ALIBI && step <= nearest ? first + nearest - step : step; }
+  __device__ __forceinline__ int tile(int step) const { return OUTWARDS && step <= nearest ? first + nearest - step : step; }
 
   // On which side of the diagonal a step leads away from it.
   __device__ __forceinline__ Side outward(int step) const { return step <= nearest ? LEFT : RIGHT; }
 
   // From tiles [begin, end), some of the walk, to the steps from the first to the last of them. There are others between where they lie on both sides of `nearest`.
   __device__ __forceinline__ void to_steps(int& begin, int& end) const {
-    if (!(OPTIONS & ALIBI)) return;
+    if (!OUTWARDS) return;
     if (end <= nearest + 1) {
       const int tiles = end - begin;
       begin = first + nearest + 1 - end, end = begin + tiles;
@@ -42,7 +42,7 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
   Visible<OPTIONS> visible;
   KeyTiles<OPTIONS, KEY_TILE> keys;
   Score<PRECISION, OPTIONS> score;
-  Walk<OPTIONS> walk;   // over `keys`
+  Walk<walks_outwards(PRECISION, OPTIONS)> walk;   // over `keys`
 
   // In place, member by member: the thread that does it has few registers.
   __device__ __forceinline__ void set(const Problem& problem, const Block& its_block, int its_split) {
@@ -65,7 +65,7 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
     }
     keep_memory_here();
     score = Score<PRECISION, OPTIONS>(problem, block.place, block.sequence);
-    if constexpr ((OPTIONS & ALIBI) != 0) {
+    if constexpr (walks_outwards(PRECISION, OPTIONS)) {
       keep_memory_here();
       const i64 diagonal = block.first_query + rows - 1 + score.offset;   // of the last query
       walk.first = keys.begin, walk.nearest = max((int)min(max(diagonal, 0ll), keys.end * (i64)KEY_TILE - 1) / KEY_TILE, keys.begin);

@@ -10,6 +10,9 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
+// Whether keys are walked outwards from the diagonal (Walk in forward_sm90.cuh). With arrays in parts registers are short for it.
+__device__ __forceinline__ constexpr bool walks_outwards(int precision, int options) { return (options & ALIBI) && (precision == FLOAT16 || precision == BFLOAT16); }
+
 enum Side { RIGHT = -1, CROSSING = 0, LEFT = 1 };   // where a key tile lies from the diagonal; the sign of the slope there
 
 // j three times of each key of a tile, as a row of 8 columns; eight rows more, as the last ones' further columns are read where the next rows lie.
@@ -23,10 +26,10 @@ template <int KEY_TILE> struct KeyNumbers {
   }
 };
 
-// The slope of a query tile, for one warp's 16 queries of it. A slope that scores do not fall with, or that three parts do not hold, has no sides: every tile
-// counts as one that crosses the diagonal.
+// The slope of a query tile, for one warp's 16 queries of it. One that scores do not fall with, or that three parts do not hold, has no sides: every tile counts
+// as one that crosses the diagonal. So it is where keys are not walked outwards.
 template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
-  static constexpr bool IN_PRODUCTS = (PRECISION == FLOAT16 || PRECISION == BFLOAT16) && !(OPTIONS & (SCALE_FIRST | SOFTCAP));   // else products are no scores yet
+  static constexpr bool OUTWARDS = walks_outwards(PRECISION, OPTIONS), IN_PRODUCTS = OUTWARDS && !(OPTIONS & (SCALE_FIRST | SOFTCAP));   // else products are no scores yet
   static constexpr int MOST = 1 << 30;       // no key is further out; distances from less fit in an int
   int left_end = 0, right_begin = MOST;      // key tiles before the one, and from the other on, lie to one side
   u32 word = 0;                              // this lane's pair of the columns of Q, to the left of the diagonal
@@ -34,7 +37,7 @@ template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
   float step = 0.0f;                         // the slope as an exponent
 
   __device__ __forceinline__ Slope(const Problem& problem, const Score<PRECISION, OPTIONS>& score, float factor, int first_row, int lane) {
-    if constexpr ((OPTIONS & ALIBI) == 0) return;
+    if constexpr (!OUTWARDS) return;
     const float slope = score.slope;
     const i64 first = first_row + score.offset;
     bool sides = slope >= 0.0f && slope <= 32768.0f && -MOST < first && first < MOST;
@@ -55,7 +58,7 @@ template <int PRECISION, int OPTIONS, int KEY_TILE> struct Slope {
     diagonal = (int)first + lane / 4, step = slope * factor;
   }
 
-  __device__ __forceinline__ Side side(int tile) const { return tile < left_end ? LEFT : tile >= right_begin ? RIGHT : CROSSING; }
+  __device__ __forceinline__ Side side(int tile) const { return !OUTWARDS ? CROSSING : tile < left_end ? LEFT : tile >= right_begin ? RIGHT : CROSSING; }
 
   // What all scores of the lane's two rows get in a tile, as exponents.
   __device__ __forceinline__ void of_rows(float (&base)[2], int tile, Side side) const {
