@@ -322,6 +322,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
           add_totals(n - begin > SEGMENT);
           take_totals();
         }
+        // Towards the diagonal scores grow a lot from tile to tile, away from it they fall.
         if (((OPTIONS & ALIBI) && side != walk.outward(n)) || !softmax.try_take(scores[0], exponential, keep)) probabilities();
         bias_read();
         drop(tile, at);
