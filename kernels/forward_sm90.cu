@@ -3,14 +3,16 @@
 //   O = softmax(scores(Q Kᵀ)) V,   lse = log of the softmax denominator; what scores are, and the options of a call, is in score.cuh
 //   Q (batch, heads, queries, HEAD_DIM), K (.., keys, HEAD_DIM), V (.., keys, VALUE_DIM), O (batch, heads, queries, VALUE_DIM), lse (batch, heads, queries)
 //
-// A block takes query tiles of WARPGROUPS · 64 queries of one head, one after the other, and walks over the key tiles that any of them sees.
+// A block takes query tiles of WARPGROUPS · 64 queries of one head, one after the other, and walks over the key tiles that any of them sees: in ascending order,
+// or with ALIBI, but of PARTS, outwards from the diagonal (Walk in forward_sm90.cuh).
 //   Warpgroups 0 .. WARPGROUPS - 1, the consumers: each owns 64 queries and all columns, a warp 16 of them, so the softmax never leaves the warp; S, P and O
 //     stay in registers. What one computes besides products runs beside the products of the others.
 //   The last warpgroup, a thread of each warp: loaders of keys, of values, and of queries; and the scheduler, which works out the next query tile.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   WARPGROUPS x Q  64 x HEAD_DIM | STAGES x K  KEY_TILE x HEAD_DIM | STAGES x V  KEY_TILE x VALUE_DIM | STAGED_BIAS: 2 x bias  QUERY_TILE x KEY_TILE
-//   | LONG_SUMS: totals of O, float32 | 2 x QueryTile | barriers | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
+//   | LONG_SUMS: totals of O, float32 | ALIBI: numbers of keys (slope_sm90.cuh) | 2 x QueryTile | barriers
+//   | PARTS: factors of the queries of each warpgroup, and of each stage of K and V
 //
 // PARTS: Q, K and V are float16 numbers that float32_parts.cu made (parts.cuh), rows of high parts and then low ones; P is split in registers. A product of two
 // numbers is low · high + high · low + high · high; what P V of a tile adds up to is multiplied by the values' power of two as it is added to O.
@@ -27,6 +29,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   using Tiles = ForwardSm90Tiles<HEAD_DIM, VALUE_DIM, OPTIONS, WARPGROUPS, KEY_TILE, STAGES, PARTS>;
   using Tile = QueryTile<PRECISION, OPTIONS, Tiles::QUERY_TILE, KEY_TILE>;
   using Element = typename ElementOf<PRECISION>::type;
+  using Slope = ::Slope<PRECISION, OPTIONS, KEY_TILE>;
+  constexpr bool OUTWARDS = Slope::OUTWARDS, SLOPED = Slope::IN_PRODUCTS;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -45,6 +49,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     if (OPTIONS & STAGED_BIAS) init(Tiles::BIAS_FULL, Tiles::BIAS_EMPTY, 2, CONSUMERS);
     barrier_init_fence();
   }
+  if constexpr (SLOPED) KeyNumbers<KEY_TILE>::template write<PRECISION>(base + Tiles::KEY_NUMBERS);
   __syncthreads();
 
   if (warpgroup == WARPGROUPS) {
@@ -60,8 +65,6 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
   constexpr bool SCORES_AFTER_OUTPUT = PARTS && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
-  constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
-  constexpr bool BASED = !PARTS && (OPTIONS & (ALIBI | MASK)) == ALIBI;
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   // With parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
   auto own_warpgroup = [&] {
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  OnlineSoftmax<KEY_TILE, float, BASED, PARTS == 2> softmax;
+  OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2> softmax;
   // PARTS: what P V of a tile adds up to on its own, for O is in other units and summed in round-to-nearest; the low parts of P, and the powers of two that
   // turn products of parts into those of numbers.
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
@@ -109,10 +112,12 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       }
     }
   };
-  auto multiply_q_k = [&] {
+  auto multiply_q_k = [&](const Slope& slope, Side side) {
     const u32 q_at = base + own_warpgroup() * Tiles::Q_BYTES;
     if constexpr (PARTS != 0) {
       multiply_rows_of_parts<PARTS, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at);
+    } else if constexpr (SLOPED) {
+      multiply_rows_and_slope<PRECISION, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at, slope.word, side, base + Tiles::KEY_NUMBERS);
     } else {
       multiply_rows<PRECISION, KEY_TILE, HEAD_DIM, Tiles::Q_BOX, Tiles::KEY_BOX>(scores[0], q_at, k_at);
     }
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pin(output);
     }
   };
-  auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, int n) {
+  auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, const Slope& slope, int n, Side side) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr (PARTS != 0) {
       if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
@@ -152,6 +157,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         exponential.set_unit(problem, score_factor);
       }
     }
+    if constexpr (SLOPED) slope.of_rows(softmax.base, n, side);
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
       bias_ring.wait_full(base + Tiles::BIAS_FULL);
       const bool one_row = problem.bias.row_stride == 0;
@@ -168,12 +174,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
             for (int i = 0; i < 2; ++i) scores[0][n][2 * half + i] = fmaf(x[i], problem.inverse_unit, scores[0][n][2 * half + i]);
           }
       };
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr);
-    } else if constexpr (BASED) {
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, softmax.base);
-      softmax.base[0] *= exponential.factor, softmax.base[1] *= exponential.factor;
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, SLOPED && side != CROSSING);
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, SLOPED && side != CROSSING);
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
@@ -238,14 +241,18 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
-    softmax = OnlineSoftmax<KEY_TILE, float, BASED, PARTS == 2>();
+    softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
-    // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end); the others it only lets pass.
+    // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end), from here on steps of the walk. The others it only lets pass, or where
+    // they come in between, hides.
     const int first = uniform(tile.keys.begin), last = uniform(tile.keys.end);
     KeyTiles<OPTIONS, KEY_TILE> keys(tile.visible, tile.block.first_query + warpgroup * 64, 64);
     const bool any = warpgroup * 64 < tile.rows && keys.begin < keys.end;
-    const int begin = uniform(any ? min(max(keys.begin, first), last) : last), end = uniform(any ? max(min(keys.end, last), begin) : last);
+    int begin = uniform(any ? min(max(keys.begin, first), last) : last), end = uniform(any ? max(min(keys.end, last), begin) : last);
+    const Walk<OUTWARDS> walk{first, OUTWARDS ? uniform(tile.walk.nearest) : 0};
+    walk.to_steps(begin, end);
+    const Slope slope(problem, tile.score, exponential.factor, tile.block.first_query + warp_row, lane);
     auto pass = [&](int from, int to) {
 #pragma unroll 1
       for (int n = from; n < to; ++n) {
@@ -270,27 +277,31 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pass(first, begin);
     }
     if (begin < end) {
+      const int at = walk.tile(begin);
+      const Side side = slope.side(at);
       wait_k();
       if (begin > first) my_turn();
-      multiply_q_k();
+      multiply_q_k(slope, side);
       if (begin > first) next_turn();
       const int k_read = k_ring.stage;
       k_ring.advance();
       if (begin + 1 < end) wait_k();
-      wait_v(tile, begin);
+      wait_v(tile, at);
       read_score_factor(k_read);
       wgmma_wait<0>();
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
       if (begin + 1 == end) arrive(Tiles::Q_EMPTY + 8 * warpgroup);
-      score_tile(tile, keys, begin);
-      if (ALWAYS_RAISE || (OPTIONS & SINKS) || !softmax.try_start(scores[0], exponential, keep)) probabilities();
+      score_tile(tile, keys, slope, at, side);
+      if ((OPTIONS & (ALIBI | SINKS)) || !softmax.try_start(scores[0], exponential, keep)) probabilities();
       bias_read();
-      drop(tile, begin);
+      drop(tile, at);
 #pragma unroll 1
       for (int n = begin + 1; n < end; ++n) {
+        const int at = walk.tile(n);
+        const Side side = slope.side(at);
         my_turn();
-        multiply_q_k();
+        multiply_q_k(slope, side);
         multiply_p_v();
         next_turn();
         const int k_read = k_ring.stage, v_read = v_ring.stage;
@@ -302,18 +313,19 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         arrive(Tiles::K_EMPTY + 8 * k_read);
         if (n + 1 < end) wait_k();   // what the next products need, while O += P V runs
         else arrive(Tiles::Q_EMPTY + 8 * warpgroup);
-        wait_v(tile, n);
-        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
+        wait_v(tile, at);
+        if constexpr (!SCORES_AFTER_OUTPUT) score_tile(tile, keys, slope, at, side);
         wait_p_v(v_read);
-        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, n);
+        if constexpr (SCORES_AFTER_OUTPUT) score_tile(tile, keys, slope, at, side);
         arrive(Tiles::V_EMPTY + 8 * v_read);
         if ((OPTIONS & LONG_SUMS) != 0 && (n - begin) % SEGMENT == 0) {
           add_totals(n - begin > SEGMENT);
           take_totals();
         }
-        if (ALWAYS_RAISE || !softmax.try_take(scores[0], exponential, keep)) probabilities();
+        // Towards the diagonal scores grow a lot from tile to tile, away from it they fall.
+        if (((OPTIONS & ALIBI) && side != walk.outward(n)) || !softmax.try_take(scores[0], exponential, keep)) probabilities();
         bias_read();
-        drop(tile, n);
+        drop(tile, at);
       }
       multiply_p_v();
       wait_p_v(v_ring.stage);

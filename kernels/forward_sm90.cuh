@@ -2,12 +2,34 @@
 #pragma once
 #include "forward_rows.cuh"
 #include "parts.cuh"
-#include "ptx/wgmma.cuh"
+#include "slope_sm90.cuh"
 
 struct TensorMaps { TensorMap q, k, v; };
 struct TensorMapsWithBias : TensorMaps { TensorMap bias; };
 template <bool STAGED_BIAS> struct TensorMapsOf { using type = TensorMaps; };
 template <> struct TensorMapsOf<true> { using type = TensorMapsWithBias; };
+
+// The order in which a block walks over its key tiles: ascending, or outwards from `nearest`, where the diagonal is: down to the first of all, then
+// up from the one after it. So a row's largest scores tend to come first, and later tiles need no search for a new maximum.
+template <bool OUTWARDS> struct Walk {
+  int first, nearest;
+
+  __device__ __forceinline__ int tile(int step) const { return OUTWARDS && step <= nearest ? first + nearest - step : step; }
+
+  // On which side of the diagonal a step leads away from it.
+  __device__ __forceinline__ Side outward(int step) const { return step <= nearest ? LEFT : RIGHT; }
+
+  // From tiles [begin, end), some of the walk, to the steps from the first to the last of them. There are others between where they lie on both sides of `nearest`.
+  __device__ __forceinline__ void to_steps(int& begin, int& end) const {
+    if (!OUTWARDS) return;
+    if (end <= nearest + 1) {
+      const int tiles = end - begin;
+      begin = first + nearest + 1 - end, end = begin + tiles;
+    } else if (begin <= nearest) {
+      begin = first;
+    }
+  }
+};
 
 // What consumers and loaders need to know of a query tile. `last`: there is none.
 template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct QueryTile {
@@ -20,6 +42,7 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
   Visible<OPTIONS> visible;
   KeyTiles<OPTIONS, KEY_TILE> keys;
   Score<PRECISION, OPTIONS> score;
+  Walk<walks_outwards(PRECISION, OPTIONS)> walk;   // over `keys`
 
   // In place, member by member: the thread that does it has few registers.
   __device__ __forceinline__ void set(const Problem& problem, const Block& its_block, int its_split) {
@@ -42,6 +65,11 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
     }
     keep_memory_here();
     score = Score<PRECISION, OPTIONS>(problem, block.place, block.sequence);
+    if constexpr (walks_outwards(PRECISION, OPTIONS)) {
+      keep_memory_here();
+      const i64 diagonal = block.first_query + rows - 1 + score.offset;   // of the last query
+      walk.first = keys.begin, walk.nearest = max((int)min(max(diagonal, 0ll), keys.end * (i64)KEY_TILE - 1) / KEY_TILE, keys.begin);
+    }
   }
 };
 
@@ -61,7 +89,8 @@ template <int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPGROUPS, int KEY_TILE
   static constexpr int BIAS_BYTES = OPTIONS & STAGED_BIAS ? QUERY_TILE * KEY_TILE * 2 : 0, BIAS_BOXES = KEY_TILE / 64, BIAS_BOX = 64 * 128;   // of a stage; a box has 64 queries and keys
   static_assert(BIAS_BYTES == 0 || KEY_TILE % 64 == 0, "tiles of the bias are whole boxes");
   static constexpr int TOTALS = BIAS_AT + 2 * BIAS_BYTES, TOTAL_BYTES = OPTIONS & LONG_SUMS ? QUERY_TILE * VALUE_DIM * 4 : 0;
-  static constexpr int QUERY_TILES = TOTALS + TOTAL_BYTES, QUERY_TILE_BYTES = 256;
+  static constexpr int KEY_NUMBERS = TOTALS + TOTAL_BYTES, KEY_NUMBERS_BYTES = OPTIONS & ALIBI && !PARTS ? KeyNumbers<KEY_TILE>::BYTES : 0;
+  static constexpr int QUERY_TILES = KEY_NUMBERS + KEY_NUMBERS_BYTES, QUERY_TILE_BYTES = 256;
   static constexpr int TILE_FULL = QUERY_TILES + 2 * QUERY_TILE_BYTES, TILE_EMPTY = TILE_FULL + 16, Q_FULL = TILE_EMPTY + 16, Q_EMPTY = Q_FULL + 8 * WARPGROUPS;
   static constexpr int K_FULL = Q_EMPTY + 8 * WARPGROUPS, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
   static constexpr int BIAS_FULL = V_EMPTY + 8 * STAGES, BIAS_EMPTY = BIAS_FULL + 16, TILE_WANTED = BIAS_EMPTY + 16;
@@ -144,7 +173,7 @@ template <typename Tile, typename Tiles, int OPTIONS, int WARPGROUPS, int KEY_TI
         barrier_arrive_expect(full, parts * Tiles::BIAS_BOXES * (one_row ? 128 : Tiles::BIAS_BOX));
 #pragma unroll 1
         for (int box = 0; box < parts * Tiles::BIAS_BOXES; ++box)
-          place.load(maps.bias, target + box * Tiles::BIAS_BOX, n * KEY_TILE + box % Tiles::BIAS_BOXES * 64, one_row ? 0 : first_query + box / Tiles::BIAS_BOXES * 64, full);
+          place.load(maps.bias, target + box * Tiles::BIAS_BOX, tile.walk.tile(n) * KEY_TILE + box % Tiles::BIAS_BOXES * 64, one_row ? 0 : first_query + box / Tiles::BIAS_BOXES * 64, full);
       }
     }
     barrier_arrive(base + Tiles::TILE_EMPTY + 8 * ring.stage);
@@ -168,7 +197,7 @@ __device__ __forceinline__ void load_along_keys(const Problem& problem, const Te
       for (int n = begin; n < end; ++n) {
         if (wants && n == max(end - 3, begin)) barrier_arrive(base + Tiles::TILE_WANTED);
         key_ring.wait_empty(base + empty);
-        load_tile(n, base + target + key_ring.stage * BOXES * Tiles::KEY_BOX, base + full + 8 * key_ring.stage);
+        load_tile(tile.walk.tile(n), base + target + key_ring.stage * BOXES * Tiles::KEY_BOX, base + full + 8 * key_ring.stage);
         key_ring.advance();
       }
     };

@@ -229,19 +229,18 @@ template <int PRECISION, int OPTIONS> struct Score {
   }
 
   // Products become scores, in place, in units of problem.score_unit: `scale`, or the softcap, or 1 (SCALE_FIRST). `row` and `column` are the lane's first
-  // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written). `base`, if not null, of 16 rows:
-  // what is then to be added to all scores of each of the lane's two.
+  // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written). `sloped`: ALiBi is seen to.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS>
-  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr, Real* base = nullptr) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr, bool sloped = false) const {
     const auto add_bias = [&](int row, int column) {
       with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fma(to_real(x), factors<Real>(problem).inverse_unit, d[m][n][i]); });
     };
-    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, add_bias, derivative, base);
+    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, add_bias, derivative, sloped);
   }
 
   // The same with another way to add the bias.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
-  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], Real* base = nullptr) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], bool sloped = false) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);
     if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
@@ -263,24 +262,7 @@ template <int PRECISION, int OPTIONS> struct Score {
           for (int i = 0; i < 4; ++i) d[m][n][i] *= factors<Real>(problem).scale;
     }
     if constexpr ((OPTIONS & BIAS) != 0) add_bias(row, column);
-    if constexpr ((OPTIONS & ALIBI) != 0) {
-      if (base) {   // of a tile to one side of the diagonal the distances are those of its first column and a step each
-        const Real first = (Real)((i64)column - row - offset);
-        const bool left = __all_sync(0xffffffff, first + (COLUMNS - 7) <= 0), right = __all_sync(0xffffffff, first - 8 >= 0);
-        base[0] = base[1] = 0;
-        if (left || right) {
-          const Real step = left ? slope : -slope;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            base[half] = step * (first - half * 8);
-#pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i) d[0][n][2 * half + i] = fma(step, (Real)(n * 8 + i), d[0][n][2 * half + i]);
-          }
-          return;
-        }
-      }
+    if ((OPTIONS & ALIBI) && !sloped) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll

@@ -85,7 +85,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
 
   // A row's first tile without raise(), against shifts of 0: where scores are so small, or so large, that another shift is better, nothing is taken.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_start(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const Real against[2] = {0.0f, 0.0f};
+    const Real against[2] = {BASED ? -base[0] : 0, BASED ? -base[1] : 0};
     Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
@@ -98,7 +98,8 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
   // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    const Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
+    Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
+    if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
     if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;

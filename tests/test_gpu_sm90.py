@@ -116,12 +116,34 @@ def test_biases_that_come_by_shared_memory(arrays, head_dim, shape, options, no_
     check_forward(q, k, v, roundings=8, bias=arrays.normal(*shape), **options)
 
 
-@pytest.mark.parametrize("slope", [-0.5, 0.001, 0.5, 100.0])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"offset": 5000}], ids=str)
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 1e-6, 0.001, 0.5, 100.0, 1e4])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"offset": 5000}, {"offset": -700}, {"scale": 30.0}], ids=str)
 def test_slopes(arrays, options, slope, no_plans):
-    """Scores that grow or fall from tile to tile, slowly and fast."""
+    """Scores that grow or fall from tile to tile, slowly and fast; slopes that 16-bit parts do not hold."""
     q, k, v = arrays.qkv(500, 1500, 64, lead=(2, 4))
     check_forward(q, k, v, roundings=8, alibi_slopes=cupy.full(4, slope, numpy.float32), **options)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"window": (300, 200)}, {"window": (70, None)}, {"offset": 3000, "window": (2500, 10)}, {"kv_lengths": 900, "q_lengths": 500}], ids=str
+)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, (192, 128), 192, 256], ids=str)
+def test_keys_outwards_from_the_diagonal(arrays, head_dim, more, no_plans, monkeypatch):
+    """With tiles between that some queries of a block do not see; few blocks take many query tiles. Heads of every kind of slope side by side."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
+    head_dim, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    q, k, v = arrays.normal(2, 4, 700, head_dim), arrays.normal(2, 2, 1000, head_dim), arrays.normal(2, 2, 1000, value_dim)
+    check_forward(q, k, v, roundings=8, alibi_slopes=[0.7, 0.004, -0.1, 1e4], **more)
+
+
+def test_an_infinite_slope_stays_with_its_head(arrays, no_plans):
+    q, k, v = arrays.qkv(300, 500, 64, lead=(3,))
+    slopes = [0.3, 0.0, 0.01]
+    expected = cuflash.attention_forward(q, k, v, alibi_slopes=slopes)
+    own = cuflash.attention_forward(q, k, v, alibi_slopes=[0.3, numpy.inf, 0.01])
+    for actual, wanted in zip(own, expected):
+        numpy.testing.assert_array_equal(to_numpy(actual)[::2], to_numpy(wanted)[::2])
+    assert numpy.isnan(to_numpy(own[0])[1, :, 0]).all()
 
 
 @pytest.mark.parametrize("softcap", [0.5, 2.0, 30.0])

@@ -125,6 +125,7 @@ def test_instances_with_options(options, precision, dims):
 
 SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS)))
 SM90_OPTIONS += (tiles.SPLIT_KEYS | tiles.LONG_SUMS, (tiles.SPLIT_KEYS | ALL_OPTIONS) & ~(tiles.PACKED | tiles.SINKS))
+SLOPED = tiles.ALIBI | tiles.BIAS | tiles.MASK  # with ALIBI in the products: most registers
 STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS | WHICH_SCORES) & ~tiles.PACKED)
 
 
@@ -132,7 +133,11 @@ STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS |
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_instances_of_sm90(precision, dims):
     """No spills, and no note of the compiler that it put a wait between products, or did not hand over registers."""
-    options = (*SM90_OPTIONS, *STAGED_BIAS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS) if precision == "bfloat16" else (0, WHICH_SCORES, tiles.SOFTCAP)
+    options = (
+        (*SM90_OPTIONS, *STAGED_BIAS, tiles.BIAS | tiles.BIAS_FLOAT32, ALL_OPTIONS, SLOPED)
+        if precision == "bfloat16"
+        else (0, WHICH_SCORES, tiles.SOFTCAP, tiles.ALIBI)
+    )
     chosen = [(tiles.forward_sm90(dims, own, queries), own) for own in options for queries in (50, 500, 1000, 5000)]
     names = {tile.name(precision, dims, own): None for tile, own in chosen if tile is not None}
     assert spills("forward_sm90.cu", list(names), "sm_90a") == []
@@ -203,6 +208,7 @@ def test_sizes_of_sm90_tiles():
     for table in (
         tiles.FORWARD_SM90,
         tiles.FORWARD_SM90_WITH_OPTION,
+        tiles.FORWARD_SM90_ALIBI,
         tiles.FORWARD_SM90_WITH_OPTIONS,
         tiles.FORWARD_SM90_LONG_SUMS,
         tiles.FORWARD_SM90_SPLIT_KEYS,
@@ -210,6 +216,8 @@ def test_sizes_of_sm90_tiles():
     ):
         options = tiles.LONG_SUMS if table in (tiles.FORWARD_SM90_LONG_SUMS, tiles.FORWARD_SM90_SPLIT_KEYS) else 0
         options |= tiles.STAGED_BIAS if table is tiles.FORWARD_SM90_STAGED_BIAS else 0
+        with_slopes = (tiles.FORWARD_SM90_ALIBI, tiles.FORWARD_SM90_WITH_OPTIONS, tiles.FORWARD_SM90_SPLIT_KEYS)
+        options |= tiles.ALIBI if table in with_slopes else 0
         for dims, row in table.items():
             dims = dims if isinstance(dims, tuple) else (dims, dims)
             for _, tile in row:

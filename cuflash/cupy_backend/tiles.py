@@ -127,11 +127,12 @@ class ForwardSm90Tile(_Parameters):
         query_columns, value_columns = (max(parts, 1) * -(-dim // 64) * 64 for dim in dims)
         totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
         bias = 2 * self.query_tile * self.key_tile * 2 if options & STAGED_BIAS else 0
+        key_numbers = 16 * (self.key_tile + 8) if options & ALIBI and not parts else 0
         tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
         barriers = 8 * (9 + 2 * self.warpgroups + 4 * self.stages)
         if parts:  # and a factor of 16 bytes for each warpgroup's queries and each stage of keys and values
             barriers = -(-barriers // 16) * 16 + 16 * (self.warpgroups + 2 * self.stages)
-        return tiles + bias + totals + 2 * 256 + barriers
+        return tiles + bias + totals + key_numbers + 2 * 256 + barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +312,8 @@ FORWARD_SM90 = {
 }
 # With an option that changes scores: smaller tiles leave it registers. The random numbers of DROPOUT are for 32 keys at a time.
 FORWARD_SM90_WITH_OPTION = FORWARD_SM90 | {64: [(math.inf, ForwardSm90Tile(3, 128, 3))], 256: [(math.inf, ForwardSm90Tile(2, 64, 2))]}
+# ALIBI alone: where the slope comes by the products it takes few registers.
+FORWARD_SM90_ALIBI = FORWARD_SM90_WITH_OPTION | {256: FORWARD_SM90[256]}
 FORWARD_SM90_WITH_OPTIONS = {
     64: [(math.inf, ForwardSm90Tile(2, 128, 3))],
     96: [(math.inf, ForwardSm90Tile(2, 96, 2))],
@@ -526,6 +529,8 @@ def forward_sm90(dims, options, queries):
         table = FORWARD_SM90_LONG_SUMS if changes == 0 else {}
     elif changes > 1 or options & MASK:
         table = FORWARD_SM90_WITH_OPTIONS
+    elif options & ALIBI:
+        table = FORWARD_SM90_ALIBI
     else:
         table = FORWARD_SM90_WITH_OPTION if changes else FORWARD_SM90
     rows = table.get(dims) or table.get(max(dims), [])

@@ -12,6 +12,11 @@ __device__ __forceinline__ unsigned long long descriptor_along_k(u32 address) {
 __device__ __forceinline__ unsigned long long descriptor_across_k(u32 address, u32 tile_bytes) {
   return (unsigned long long)((address & 0x3ffff) >> 4) | (unsigned long long)(tile_bytes >> 4) << 16 | (1024ull >> 4) << 32 | 1ull << 62;
 }
+// Rows of Bᵀ run along k and are 8 columns, 16 bytes, long, one after the other, without swizzle: so 8 of them further lie the next 8 rows. As the next 8
+// columns too are taken to lie there, A has to be 0 in these.
+__device__ __forceinline__ unsigned long long descriptor_of_short_rows(u32 address) {
+  return (unsigned long long)((address & 0x3ffff) >> 4) | (128ull >> 4) << 16 | (128ull >> 4) << 32;
+}
 
 // Before the first wgmma after registers of D or A were written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -26,7 +31,7 @@ template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i]) :: "memory");
 }
 
-// multiply_shared: A and B from shared memory, both along k (multiply_shared_across_k: both across). multiply_registers: A from registers, B across k. ADD: to D as it is, else to zero.
+// multiply_shared: A and B from shared memory, both along k (multiply_shared_across_k: both across). multiply_registers: A from registers, B across k (multiply_registers_along_k: along). ADD: to D as it is, else to zero.
 template <int PRECISION, int N> struct Wgmma;
 
 #define CUFLASH_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
@@ -77,6 +82,11 @@ template <int PRECISION, int N> struct Wgmma;
     template <bool ADD> static __device__ __forceinline__ void multiply_registers(float (&d)[N / 8][4], const u32 (&a)[4], unsigned long long b) {             \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
                    "}, {%" #R0 ",%" #R1 ",%" #R2 ",%" #R3 "}, %" #R4 ", add, 1, 1, 1;\n}"                                                                      \
+                   : CUFLASH_D_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD));                                                       \
+    }                                                                                                                                                          \
+    template <bool ADD> static __device__ __forceinline__ void multiply_registers_along_k(float (&d)[N / 8][4], const u32 (&a)[4], unsigned long long b) {     \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
+                   "}, {%" #R0 ",%" #R1 ",%" #R2 ",%" #R3 "}, %" #R4 ", add, 1, 1, 0;\n}"                                                                      \
                    : CUFLASH_D_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD));                                                       \
     }                                                                                                                                                          \
   };
