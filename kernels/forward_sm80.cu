@@ -151,6 +151,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
   const int first_row = again.sequence.first_query + again.first_query;
   const int rows = again.rows();
   const typename Tiles::O o_tile{base};
+  bool has_lse = false;   // of the sm90 family's scores: it is as good, and its backward, which makes the same scores, needs no other
+  if constexpr (PRECISION == FLOAT32 || PRECISION == TFLOAT32) has_lse = problem.tile_counter && !problem.tile_counter[REFUSED];
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
     const int row = warp * Tiles::WARP_ROWS + m * 16;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) forward_sm80(const 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + half * 8 + lane / 4;
-      if (lane % 4 == 0 && at < rows) target.rows<Real>(problem.lse)[(first_row + at) * problem.lse.row_stride] = lse[half];
+      if (lane % 4 == 0 && at < rows && !has_lse) target.rows<Real>(problem.lse)[(first_row + at) * problem.lse.row_stride] = lse[half];
     }
   }
   if constexpr (VALUE_GROUPS > 1) __syncthreads();
