@@ -90,6 +90,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
   u32 p_low[PARTS == 2 ? KEY_TILE / 16 : 1][4];
   float score_factor;
+  typename Score<PRECISION, OPTIONS>::template Bits<1, KEY_TILE> mask;   // of the tile at hand
 
   u32 k_at, v_at;
   auto wait_k = [&] {
@@ -140,6 +141,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pin(output);
     }
   };
+  auto read_mask = [&](const Tile& tile, int n) {   // before a wait too
+    if constexpr ((OPTIONS & MASK) != 0) mask = tile.score.template mask_bits<false, 1, KEY_TILE>(problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
+  };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, int n) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr (PARTS != 0) {
@@ -168,12 +172,12 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
             for (int i = 0; i < 2; ++i) scores[0][n][2 * half + i] = fmaf(x[i], problem.inverse_unit, scores[0][n][2 * half + i]);
           }
       };
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, nullptr, &mask);
     } else if constexpr (BASED) {
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, softmax.base);
       softmax.base[0] *= exponential.factor, softmax.base[1] *= exponential.factor;
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, nullptr, &mask);
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
@@ -279,6 +283,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       if (begin + 1 < end) wait_k();
       wait_v(tile, begin);
       read_score_factor(k_read);
+      read_mask(tile, begin);
       wgmma_wait<0>();
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
@@ -297,6 +302,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         k_ring.advance();
         v_ring.advance();
         read_score_factor(k_read);
+        read_mask(tile, n);
         wgmma_wait<1>();
         pin(scores[0]);
         arrive(Tiles::K_EMPTY + 8 * k_read);
