@@ -13,9 +13,9 @@
 // Shared memory: the words, which are written row by row. Order of waits: the words are made, __syncthreads.
 #include "problem.cuh"
 
-constexpr int ROWS = 32, WORDS = 8;
+constexpr int WARPS = 8, ROWS = 32, WORDS = WARPS;   // along the rows a lane has a row, and a warp a word of each
 
-__global__ void __launch_bounds__(ROWS * WORDS) mask_words(const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(WARPS * 32) mask_words(const __grid_constant__ Problem problem) {
   __shared__ u32 words[ROWS][WORDS + 1];
   const Array &mask = problem.mask, &target = problem.out;
   const int rows = problem.queries, columns = mask.column_stride ? problem.keys : target.columns * 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -24,29 +24,38 @@ __global__ void __launch_bounds__(ROWS * WORDS) mask_words(const __grid_constant
   const int first_word = index % across * WORDS, first_row = index / across % down * ROWS;
   index /= across * down;
   Place place(problem, 0, 1);
-  place.head = index % own_heads(problem, target) * target.group;
-  index /= own_heads(problem, target);
-  for (int i = BATCH_DIMS - 1; i >= 0; --i) {
-    place.batch[i] = index % own_entries(problem, target, i);
-    index /= own_entries(problem, target, i);
+  if (index) {   // one division and more for each dimension
+    place.head = index % own_heads(problem, target) * target.group;
+    index /= own_heads(problem, target);
+    for (int i = BATCH_DIMS - 1; i >= 0; --i) {
+      place.batch[i] = index % own_entries(problem, target, i);
+      index /= own_entries(problem, target, i);
+    }
   }
 
   const u8* first = place.rows<u8>(mask);
-  auto seen = [&](int row, int column) { return row < rows && column < columns && first[row * mask.row_stride + column * mask.column_stride] != 0; };
-  if (mask.row_stride && llabs(mask.row_stride) < llabs(mask.column_stride)) {
-    static_assert(ROWS == 32, "a lane has a row");
+  const bool along_rows = mask.row_stride && llabs(mask.row_stride) < llabs(mask.column_stride);
+  const i64 step = along_rows ? mask.column_stride : 32 * mask.column_stride;
+  auto at = [&](int row, int column) { return first + row * mask.row_stride + column * mask.column_stride; };
+  if (along_rows) {
+    const int row = first_row + lane, column = (first_word + warp) * 32, left = row < rows ? columns - column : 0;
+    const u8* byte = at(row, column);
     u32 word = 0;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) word |= (u32)seen(first_row + lane, (first_word + warp) * 32 + i) << i;
+    for (int i = 0; i < 32; ++i, byte += step)
+      if (i < left && *byte) word |= 1u << i;
     words[lane][warp] = word;
   } else {
-    u32 word;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const u32 vote = __ballot_sync(0xffffffff, seen(first_row + warp * (32 / WORDS) + i / WORDS, (first_word + i % WORDS) * 32 + lane));
-      if (lane == i) word = vote;
+    for (int i = 0; i < ROWS / WARPS; ++i) {
+      const int row = first_row + warp * (ROWS / WARPS) + i, column = first_word * 32 + lane, left = row < rows ? columns - column : 0;
+      const u8* byte = at(row, column);
+#pragma unroll
+      for (int j = 0; j < WORDS; ++j, byte += step) {
+        const u32 word = __ballot_sync(0xffffffff, j * 32 < left && *byte);
+        if (lane == j) words[row - first_row][j] = word;
+      }
     }
-    words[threadIdx.x / WORDS][threadIdx.x % WORDS] = word;
   }
   __syncthreads();
   const int row = first_row + threadIdx.x / WORDS, column = first_word + threadIdx.x % WORDS;
