@@ -104,8 +104,6 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
     const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
 
-    typename Score<PRECISION, OPTIONS>::template Bits<1, QUERY_TILE> mask;   // read before the wait
-    if constexpr ((OPTIONS & MASK) != 0) mask = score.template mask_bits<true, 1, QUERY_TILE>(problem, lane_key, lane_query);
     do_ring.wait_full(base + Tiles::DO_FULL);
     if (CLEARS && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
       clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0));
@@ -115,7 +113,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     u32 derivative[QUERY_TILE / 8][2];   // of the softcap, halves: in float32 they would not fit
     if constexpr ((OPTIONS & SOFTCAP) != 0) {   // nor beside dPᵀ
       float of_scores[1][QUERY_TILE / 8][4];
-      score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, of_scores, nullptr, &mask);
+      score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, of_scores);
 #pragma unroll
       for (int n = 0; n < QUERY_TILE / 8; ++n)
 #pragma unroll
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     multiply_rows<PRECISION, QUERY_TILE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at);   // dPᵀ = V dOᵀ
     pin(p[0]);
 
-    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, nullptr, nullptr, &mask);
+    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, nullptr);
     u32 lse[QUERY_TILE / 8][2];   // all of them are asked for before the first is used
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + n * 32);
