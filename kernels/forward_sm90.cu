@@ -59,7 +59,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
-  constexpr bool SCORES_AFTER_OUTPUT = PARTS && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
+  constexpr bool SCORES_AFTER_OUTPUT = PARTS && ((OPTIONS & BIAS) != 0 || ((OPTIONS & MASK) != 0 && (OPTIONS & (SOFTCAP | ALIBI | DROPOUT)) != 0));   // what they take needs the registers
   constexpr bool ALWAYS_RAISE = (OPTIONS & ALIBI) != 0;   // scores that grow a lot from tile to tile are the rule
   constexpr bool BASED = !PARTS && (OPTIONS & (ALIBI | MASK)) == ALIBI;
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
