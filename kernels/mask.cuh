@@ -9,7 +9,7 @@ template <int ROW_TILES, int COLUMNS, bool ANYWHERE> struct MaskBits {
   static constexpr int LAST_BIT = (STEP < 32 ? 32 - STEP : 0) + (ANYWHERE ? 0 : 6) + COLUMNS - 7, READ = LAST_BIT / 32 + 1;   // words, as far as any lane needs them
   static constexpr int CHUNK = STEP >= 128 ? 4 : STEP >= 64 ? 2 : 1;   // words that can be read at once
   static constexpr u32 FIRST_HALF = 0x03030303, BOTH_HALVES = 0x0f0f0f0f;
-  static_assert(READ % CHUNK == 0, "words are read in whole chunks");
+  static_assert(READ % CHUNK == 0 && COLUMNS <= 128, "words are read in whole chunks, and rows are long enough (MASK_READ_AHEAD in launch.py)");
   struct alignas(4 * CHUNK) Chunk { u32 words[CHUNK]; };
   u32 bits[ROW_TILES][WORDS];   // whether d[m][n][2 * half + i] is seen: bit n % 4 * 8 + 2 * half + i of bits[m][n / 4]
 

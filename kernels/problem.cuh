@@ -6,7 +6,7 @@ constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of pac
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // A view (batch dimensions, heads, rows, columns); strides in elements, a stride of 0 where the array is broadcast. Columns lie side by side, but those of
-// bias and mask.
+// mask and bias.
 struct Array {
   void* data;
   i64 batch_stride[BATCH_DIMS];

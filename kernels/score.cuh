@@ -216,7 +216,7 @@ template <int PRECISION, int OPTIONS> struct Score {
   Real slope;
   i64 offset;
   int queries, keys;
-  int first_query, first_key;   // PACKED: of the mask
+  int first_query, first_key;   // MASK: of the sequence
 
   __device__ __forceinline__ Score(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) : queries(sequence.queries), keys(sequence.keys) {
     if constexpr ((OPTIONS & BIAS) != 0) bias = first_of<BiasElement>(problem.bias, place, sequence);

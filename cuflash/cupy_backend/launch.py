@@ -48,7 +48,7 @@ MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 MAX_SPLITS = 64  # parts of dbias
-MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels/mask.cuh may read
+MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
 
 class Launch:
@@ -398,9 +398,12 @@ def _compact_layout(layout, rows, columns):
 
 
 class MaskBits:
-    """The launch that makes bits of a mask (kernels/mask_words.cu), and the arrays of a call with these in its place; `transposed`: for scores whose rows are keys."""
+    """The launch that makes bits of a mask (kernels/mask_words.cu), and the arrays of a call with these in its place.
 
-    def __init__(self, problem, views, transposed):
+    A row of bits is a query's, or (`transposed`, for kernels whose scores are) a key's.
+    """
+
+    def __init__(self, problem, views, transposed=False):
         lead, strides, trailing, _ = views["mask"]
         shape = problem.query_length, problem.key_length
         if transposed:
@@ -416,12 +419,12 @@ class MaskBits:
 
 
 def mask_bits(problem, views, transposed=False):
-    """The same, or None for a call without a mask, or without anything that it could hide."""
+    """The same, or None for a call without a mask, or without keys that it could hide."""
     return None if problem.mask is None or not problem.key_length else MaskBits(problem, views, transposed)
 
 
 class Masked:
-    """A launch of a kernel that takes a mask in bits, and before it the one that makes them."""
+    """What takes a mask in bits, and before it the launch that makes them."""
 
     def __init__(self, bits, main):
         self.bits, self.main, self.counts = bits, main, main.counts
