@@ -64,7 +64,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
   if constexpr (WARPGROUPS > 1) take_registers<Tiles::COMPUTING_REGISTERS>();
   constexpr bool TURNS = WARPGROUPS == 2;
-  constexpr bool SCORES_AFTER_OUTPUT = PARTS && (OPTIONS & (BIAS | MASK)) != 0;   // what they take from device memory needs the registers
+  constexpr bool SCORES_AFTER_OUTPUT = PARTS && ((OPTIONS & BIAS) != 0 || ((OPTIONS & MASK) != 0 && (OPTIONS & (SOFTCAP | ALIBI | DROPOUT)) != 0));   // what they take needs the registers
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   // With parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
   auto own_warpgroup = [&] {
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
   u32 p_low[PARTS == 2 ? KEY_TILE / 16 : 1][4];
   float score_factor;
+  typename Score<PRECISION, OPTIONS>::template Bits<1, KEY_TILE> mask;   // of the tile at hand
 
   u32 k_at, v_at;
   auto wait_k = [&] {
@@ -145,6 +146,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       pin(output);
     }
   };
+  auto read_mask = [&](const Tile& tile, int n) {   // before a wait too
+    if constexpr ((OPTIONS & MASK) != 0) mask = tile.score.template mask_bits<false, 1, KEY_TILE>(problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
+  };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, const Slope& slope, int n, Side side) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr (PARTS != 0) {
@@ -174,9 +178,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
             for (int i = 0; i < 2; ++i) scores[0][n][2 * half + i] = fmaf(x[i], problem.inverse_unit, scores[0][n][2 * half + i]);
           }
       };
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, SLOPED && side != CROSSING);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, SLOPED && side != CROSSING, &mask);
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
-      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, SLOPED && side != CROSSING);
+      tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, nullptr, SLOPED && side != CROSSING, &mask);
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
@@ -288,6 +292,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       if (begin + 1 < end) wait_k();
       wait_v(tile, at);
       read_score_factor(k_read);
+      read_mask(tile, at);
       wgmma_wait<0>();
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
@@ -308,6 +313,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         k_ring.advance();
         v_ring.advance();
         read_score_factor(k_read);
+        read_mask(tile, at);
         wgmma_wait<1>();
         pin(scores[0]);
         arrive(Tiles::K_EMPTY + 8 * k_read);

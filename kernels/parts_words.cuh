@@ -7,8 +7,6 @@
 constexpr int REFUSED = 1, PLACES = 2;
 constexpr float SMALLEST_OUTPUT = 1.0f / 256;   // see float32_parts.cu
 
-__device__ __forceinline__ u32 own_heads(const Problem& problem, const Array& array) { return array.head_stride ? problem.heads / array.group : 1; }
-__device__ __forceinline__ u32 own_entries(const Problem& problem, const Array& array, int i) { return array.batch_stride[i] ? problem.batch[i] : 1; }
 __device__ __forceinline__ u32* word_of_output(const Problem& problem, const Place& place) { return problem.tile_counter + PLACES + place.flat(problem); }
 __device__ __forceinline__ u32* word_of_values(const Problem& problem, const Array& array, const Place& place) {
   u32 own = 0;

@@ -15,7 +15,7 @@ struct Array {
   i64 column_stride;
   int group;     // consecutive query heads that share one head of this array
   int columns;   // columns that exist; a kernel's tile may be wider and then reads zeros
-  int pairs;     // mask and bias: whether two neighbouring columns, the first of them even, can be read as one
+  int pairs;     // bias: whether two neighbouring columns, the first of them even, can be read as one
 };
 
 // The factors of a call, where it is FLOAT64; elsewhere those of Problem.
@@ -24,9 +24,9 @@ struct Factors {
 };
 
 struct Problem {
-  Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk, dv and out are the parts of q, k, v and dout
+  Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk, dv and out are the parts of q, k, v and dout; mask_words: out are the words
   Array lse, dlse;                        // one column; the row stride steps from query to query
-  Array mask, bias, dbias;                // (.., queries, keys); mask in bytes
+  Array mask, bias, dbias;                // (.., queries, keys); mask in bits: (.., rows of scores, words of 32 columns), see mask.cuh
   Array alibi_slopes, sinks;              // one number for each head
   Array q_lengths, kv_lengths, offsets;   // one 64-bit integer for each batch entry; `offset` for all where offsets is null
   // What kernels add up and keep is float32, and float64 with FLOAT64, also where a pointer's type does not say so (reals).
@@ -76,6 +76,10 @@ template <typename Real> __device__ __forceinline__ const auto& factors(const Pr
 }
 
 template <typename Real> __device__ __forceinline__ Real* reals(float* data) { return (Real*)data; }
+
+// How many heads, and entries of a batch dimension, of an array are its own.
+__device__ __forceinline__ u32 own_heads(const Problem& problem, const Array& array) { return array.head_stride ? problem.heads / array.group : 1; }
+__device__ __forceinline__ u32 own_entries(const Problem& problem, const Array& array, int i) { return array.batch_stride[i] ? problem.batch[i] : 1; }
 
 // Which tile of which (batch, head) a block works on. Heads go in sweeps; within a sweep all first tiles come first, so that blocks which run at the same
 // time share keys and values in L2 and the longest tiles can start first.

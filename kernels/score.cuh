@@ -2,6 +2,7 @@
 // it. Every kernel takes its scores through here. An option that a call does not use is compiled out (OPTIONS is a template parameter).
 #pragma once
 #include "exponential_float64.cuh"
+#include "mask.cuh"
 #include "philox.cuh"
 
 enum Option {
@@ -213,15 +214,17 @@ template <int PRECISION, int OPTIONS> struct Score {
   using Real = ::Real<PRECISION>;
   using BiasElement = typename ElementOf<(OPTIONS & BIAS_FLOAT32) != 0 ? (int)FLOAT32 : PRECISION>::type;
   static constexpr bool CHANGES = (OPTIONS & (SCALE_FIRST | SOFTCAP | BIAS | MASK | ALIBI)) != 0;
+  template <int ROW_TILES, int COLUMNS> using Bits = MaskBits<ROW_TILES, COLUMNS, (OPTIONS & PACKED) != 0>;   // of the mask
   const BiasElement* bias;
-  const u8* mask;
+  const u32* words_of_mask;
   Real slope;
   i64 offset;
   int queries, keys;
+  int first_query, first_key;   // MASK: of the sequence
 
   __device__ __forceinline__ Score(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) : queries(sequence.queries), keys(sequence.keys) {
     if constexpr ((OPTIONS & BIAS) != 0) bias = first_of<BiasElement>(problem.bias, place, sequence);
-    if constexpr ((OPTIONS & MASK) != 0) mask = first_of<u8>(problem.mask, place, sequence);
+    if constexpr ((OPTIONS & MASK) != 0) words_of_mask = place.rows<u32>(problem.mask), first_query = sequence.first_query, first_key = sequence.first_key;
     if constexpr ((OPTIONS & ALIBI) != 0) slope = *place.rows<Real>(problem.alibi_slopes) * factors<Real>(problem).inverse_unit, offset = sequence.offset(problem, place);
   }
   template <typename Element> static __device__ __forceinline__ const Element* first_of(const Array& array, const Place& place, const Sequence<OPTIONS>& sequence) {
@@ -230,17 +233,20 @@ template <int PRECISION, int OPTIONS> struct Score {
 
   // Products become scores, in place, in units of problem.score_unit: `scale`, or the softcap, or 1 (SCALE_FIRST). `row` and `column` are the lane's first
   // ones. `derivative`, if not null, becomes 1 - tanh²: the derivative by the scaled product (1 without SOFTCAP: not written). `sloped`: ALiBi is seen to.
+  // `mask`, if not null: its bits, read earlier.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS>
-  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr, bool sloped = false) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, Real (*derivative)[COLUMNS / 8][4] = nullptr, bool sloped = false,
+                                        const Bits<ROW_TILES, COLUMNS>* mask = nullptr) const {
     const auto add_bias = [&](int row, int column) {
       with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.bias, bias, row, column, [&](int m, int n, int i, BiasElement x) { d[m][n][i] = fma(to_real(x), factors<Real>(problem).inverse_unit, d[m][n][i]); });
     };
-    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, add_bias, derivative, sloped);
+    apply<TRANSPOSED, ROW_TILES, COLUMNS>(problem, d, row, column, add_bias, derivative, sloped, mask);
   }
 
   // The same with another way to add the bias.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename AddBias>
-  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], bool sloped = false) const {
+  __device__ __forceinline__ void apply(const Problem& problem, Real (&d)[ROW_TILES][COLUMNS / 8][4], int row, int column, AddBias add_bias, Real (*derivative)[COLUMNS / 8][4], bool sloped = false,
+                                        const Bits<ROW_TILES, COLUMNS>* mask = nullptr) const {
     if constexpr (CHANGES) keep_here(row), keep_here(column);
     if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
@@ -275,8 +281,14 @@ template <int PRECISION, int OPTIONS> struct Score {
             for (int i = 0; i < 2; ++i) d[m][n][2 * half + i] = fma(-slope, fabs(TRANSPOSED ? from - (n * 8 + i) : from + (n * 8 + i)), d[m][n][2 * half + i]);
         }
     }
-    if constexpr ((OPTIONS & MASK) != 0)
-      with_each<TRANSPOSED, ROW_TILES, COLUMNS>(problem.mask, mask, row, column, [&](int m, int n, int i, u8 x) { d[m][n][i] = x ? d[m][n][i] : Real(-infinity()); });
+    if constexpr ((OPTIONS & MASK) != 0) (mask ? *mask : mask_bits<TRANSPOSED, ROW_TILES, COLUMNS>(problem, row, column)).hide(d, Real(-infinity()));
+  }
+
+  // MASK: whether it lets the lane's elements be seen.
+  template <bool TRANSPOSED, int ROW_TILES, int COLUMNS> __device__ __forceinline__ Bits<ROW_TILES, COLUMNS> mask_bits(const Problem& problem, int row, int column) const {
+    const u32* first = words_of_mask;
+    if constexpr ((OPTIONS & PACKED) != 0) first += (TRANSPOSED ? first_key : first_query) * problem.mask.row_stride, column += TRANSPOSED ? first_query : first_key;
+    return {problem.mask, first, row, column, TRANSPOSED ? keys : queries};
   }
 
   // f(m, n, i, x) with the element x of an array (.., queries, keys) for each element of the fragments; where a query or key does not exist, that of the last one.

@@ -252,6 +252,11 @@ def test_row_kernels(architecture, precision):
     assert spills("backward_rows.cu", names, architecture) == []
 
 
+@pytest.mark.parametrize("architecture", SHARED_LIMITS)
+def test_mask_words(architecture):
+    assert spills("mask_words.cu", ["mask_words"], architecture) == []
+
+
 def test_a_spill_is_seen():
     """The check above fails on a kernel that keeps an array in local memory."""
     source = "__global__ void local(int* x) { int y[64]; for (int i = 0; i < 64; ++i) y[x[i] & 63] = i; *x = y[*x & 63]; }"

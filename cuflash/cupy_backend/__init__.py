@@ -160,9 +160,8 @@ class _Call:
         self.over_scores = {name: array for name, array in (("mask", problem.mask), ("bias", problem.bias)) if array is not None}
         for group in (self.over_batch, self.over_heads, self.over_scores):
             self.words |= {name: array.data.ptr for name, array in group.items()}
-        self.alignment = tuple(f"{name} pairs" for name, array in self.over_scores.items() if launch.aligned(array, problem, 2 * array.dtype.itemsize))
-        if problem.bias is not None and launch.aligned(problem.bias, problem, 16):
-            self.alignment += ("bias chunks",)
+        pieces = () if problem.bias is None else (("bias pairs", 2 * problem.bias.dtype.itemsize), ("bias chunks", 16))
+        self.alignment = tuple(name for name, step in pieces if launch.aligned(problem.bias, problem, step))
         if problem.sequences:
             self.sequences = cupy.ascontiguousarray(problem.cu_q), cupy.ascontiguousarray(problem.cu_k)
             self.words |= {"cu_q": self.sequences[0].data.ptr, "cu_k": self.sequences[1].data.ptr}

@@ -50,6 +50,7 @@ MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 MAX_SPLITS = 64  # parts of dbias
+MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
 
 class Launch:
@@ -124,7 +125,7 @@ def layout_over_batch(array):
 
 
 def aligned(array, problem, step):
-    """Whether columns of a mask or bias lie side by side and every row starts at a multiple of `step` bytes, so that so many can be read at once."""
+    """Whether columns of a bias lie side by side and every row starts at a multiple of `step` bytes, so that so many can be read at once."""
     rows = [stride for stride, length in zip(array.strides[:-1], array.shape[:-1]) if length > 1]
     return not problem.sequences and array.shape[-1] > 1 and array.strides[-1] == array.dtype.itemsize and all(at % step == 0 for at in (array.data.ptr, *rows))
 
@@ -256,6 +257,12 @@ def options_of(problem):
 def plan_forward(problem, views, alignment):
     """The launch of a forward pass; `views`: name -> layout."""
     problem, views = _heads_as_rows(problem, views)
+    bits = mask_bits(problem, views)
+    return _with_mask(bits, _plan_forward(problem, views if bits is None else bits.views, alignment))
+
+
+def _plan_forward(problem, views, alignment):
+    """The same for a mask in bits."""
     size = tiles.element_bytes(problem.precision)
     options = options_of(problem)
     if problem.key_length > LONG_LENGTH and problem.precision not in ("float32", "float64"):  # which add in round-to-nearest anyway
@@ -360,7 +367,7 @@ class Parts:
         for name in names:
             length, rows = (problem.key_length, key_tile) if name in ("k", "v") else (problem.query_length, 64)
             groups, dim = slots(problem, length, rows), dims[name in ("v", "dout")]
-            layouts[name], places = _layout_of_parts(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
+            layouts[name], places = _compact_layout(views[name], groups * (rows + 1), tiles.PARTS[precision] * -(-dim // 64) * 64)
             self.starts[name], boxes[name] = self.size, (groups * (rows + 1), rows)
             self.size += places * groups * (rows + 1) * layouts[name][3] * 2
             blocks += places * groups
@@ -383,14 +390,56 @@ class Parts:
         return words, words | parts
 
 
-def _layout_of_parts(layout, rows, columns):
-    """Of the parts of an array of this layout, once for what is broadcast; and how many (batch, head) that is."""
+def _compact_layout(layout, rows, columns):
+    """Of what is made of an array of this layout, once for what is broadcast: rows of so many columns each; and how many (batch, head) that is."""
     lead, strides, _, _ = layout
     own, places = [], 1
     for length, stride in zip(lead[::-1], strides[::-1]):
         own.append(places * rows * columns if stride else 0)
         places *= length if stride else 1
     return (lead, tuple(own[::-1]), (columns, 1), columns), places
+
+
+class MaskBits:
+    """The launch that makes bits of a mask (kernels/mask_words.cu), and the arrays of a call with these in its place.
+
+    A row of bits is a query's, or (`transposed`, for kernels whose scores are) a key's.
+    """
+
+    def __init__(self, problem, views, transposed=False):
+        lead, strides, trailing, _ = views["mask"]
+        shape = problem.query_length, problem.key_length
+        if transposed:
+            shape, trailing = shape[::-1], trailing[::-1]
+        rows, columns = (length if stride else 1 for length, stride in zip(shape, trailing))
+        words = -(-(columns + MASK_READ_AHEAD) // 128) * 4  # whole 16 bytes
+        layout, places = _compact_layout((lead, strides, None, None), rows, words)
+        layout = (*layout[:2], tuple(step if stride else 0 for step, stride in zip(layout[2], trailing)), words)
+        self.views, self.size = views | {"mask": layout}, 4 * places * rows * words
+        packed = argument(problem, {"mask": (lead, strides, trailing, columns), "out": layout}, queries=rows, keys=columns)
+        kernel = modules.kernel("mask_words.cu", "mask_words", 0, problem.device)
+        self.make = Launch(kernel, places * -(-rows // 32) * -(-words // 8), 256, 0, packed)
+
+
+def mask_bits(problem, views, transposed=False):
+    """The same, or None for a call without a mask, or without keys that it could hide."""
+    return None if problem.mask is None or not problem.key_length else MaskBits(problem, views, transposed)
+
+
+class Masked:
+    """What takes a mask in bits, and before it the launch that makes them."""
+
+    def __init__(self, bits, main):
+        self.bits, self.main, self.counts = bits, main, main.counts
+
+    def __call__(self, words):
+        memory = cupy.cuda.alloc(self.bits.size)
+        self.bits.make(words | {"out": memory.ptr})
+        self.main(words | {"mask": memory.ptr})
+
+
+def _with_mask(bits, launch):
+    return launch if bits is None else Masked(bits, launch)
 
 
 class PartsForward:
@@ -489,6 +538,8 @@ class BackwardPlan:
         row_options = options & (tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
         options &= ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
+        by_queries, by_keys = mask_bits(problem, views), mask_bits(problem, views, transposed=True)  # the latter is what the kernels for dK and dV take
+        query_views, views = (views if bits is None else bits.views for bits in (by_queries, by_keys))
 
         main, maps, float32_parts = tiles.choose(tiles.backward_table(options), precision, dims, limit), None, None
         if family(device)[0] == "sm90" and problem.key_length and problem.query_length and (size == 2 or (size == 4 and tiles.parts_pay(problem))):
@@ -562,7 +613,7 @@ class BackwardPlan:
 
         def launch_sm80(tile, with_dq):
             blocks = places // together * slots(problem, problem.key_length, tile.key_tile)
-            return launch(tile.file, tile.name(precision, dims, options, with_dq), blocks, tile.threads, tile.shared_bytes(dims, size))
+            return _with_mask(by_keys, launch(tile.file, tile.name(precision, dims, options, with_dq), blocks, tile.threads, tile.shared_bytes(dims, size)))
 
         if maps is None:
             self.main = launch_sm80(main, not self.separate_dq)
@@ -571,14 +622,15 @@ class BackwardPlan:
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
-            self.main = launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping)
+            self.main = _with_mask(by_keys, launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping))
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
-        packed = argument(problem, {**views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, **rows)
+        packed = argument(problem, {**query_views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, **rows)
         if self.separate_dq or (in_parts and self.in_order):
             blocks = places * slots(problem, problem.query_length, query.query_tile)
-            self.query = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
+            own = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
+            self.query = _with_mask(by_queries, own)
         if self.finishes:
             row_options &= ~tiles.SINKS
             name, blocks = f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks
@@ -589,7 +641,8 @@ class BackwardPlan:
             self.main = PartsBackward(float32_parts, self.main, launch_sm80(standby, not self.in_order), self.finish, self.query)
             self.finish = self.query = None
         if problem.bias is not None:
-            self._plan_bias(problem, views, alignment, bias_tile, options, rows)
+            self._plan_bias(problem, query_views, alignment, bias_tile, options, rows)
+            self.bias = _with_mask(by_queries, self.bias)
 
     def _plan_bias(self, problem, views, alignment, tile, options, rows):
         """The launch for dbias: in parts, where its tiles alone would leave most of the GPU idle."""

@@ -527,7 +527,7 @@ def forward_sm90(dims, options, queries):
         table = FORWARD_SM90_SPLIT_KEYS
     elif options & LONG_SUMS:
         table = FORWARD_SM90_LONG_SUMS if changes == 0 else {}
-    elif changes > 1 or options & MASK:
+    elif changes > 1:
         table = FORWARD_SM90_WITH_OPTIONS
     elif options & ALIBI:
         table = FORWARD_SM90_ALIBI
