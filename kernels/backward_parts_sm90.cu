@@ -114,16 +114,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
     if (warp == 0) load_parts_for_key_block<Tiles, Block, OPTIONS, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
-    if (IN_ORDER && warp == 1) {
-      Ring<1> ring;
-      take_turns<64, Block>(problem, 0, [&](u32, auto wait, auto done) {
-        wait();
-        barrier_arrive(base + Tiles::TURN);
-        ring.wait_full(base + Tiles::ADDED);
-        ring.advance();
-        done();   // waits for what was added, so that no warp that computes has to
-      });
-    }
+    if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
     return;
   }
 

@@ -74,6 +74,18 @@ template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline
   }
 }
 
+// The same for warps that add from their registers: it is their turn, and they have.
+template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinline__ void give_turns(const Problem& problem, u32 base) {
+  Ring<1> ring;
+  take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto wait, auto done) {
+    wait();
+    barrier_arrive(base + Tiles::TURN);
+    ring.wait_full(base + Tiles::ADDED);
+    ring.advance();
+    done();   // waits for what was added, so that no warp that computes has to
+  });
+}
+
 // dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `row`: the lane's first key, of the block.
 template <int PRECISION, int OPTIONS, typename Block, int COUNT>
 __device__ __forceinline__ void store_key_gradient(const Problem& problem, const Block& block, const Array& array, float (&d)[COUNT][4], float factor, int row, int lane) {
