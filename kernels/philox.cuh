@@ -10,9 +10,7 @@
 __device__ __forceinline__ void philox(u32 (&words)[4], u32 key_low, u32 key_high) {
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    unsigned long long first, second;   // written in C++, each would cost an addition of 0 more
-    asm("mul.wide.u32 %0, %1, 0xD2511F53;" : "=l"(first) : "r"(words[0]));
-    asm("mul.wide.u32 %0, %1, 0xCD9E8D57;" : "=l"(second) : "r"(words[2]));
+    const unsigned long long first = 0xD2511F53ull * words[0], second = 0xCD9E8D57ull * words[2];
     words[0] = (u32)(second >> 32) ^ words[1] ^ key_low;
     words[1] = (u32)second;
     words[2] = (u32)(first >> 32) ^ words[3] ^ key_high;
