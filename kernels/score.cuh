@@ -183,9 +183,12 @@ template <int PRECISION> struct Exponential {
 
   static __device__ __forceinline__ float of(float exponent) { return exp2_approximate(NATURAL ? exponent * LOG2_E : exponent); }
   __device__ __forceinline__ float operator()(float score, float shift) const { return of(fmaf(score, factor, -shift)); }
-  // Against an lse, the shift of backward. A row's largest score was rounded before it became part of its lse. Scores that are large have to be rounded here as
+  // Against an lse, the shift of backward. A row's largest score was rounded before it became part of its lse. Where scores are LARGE they have to be rounded here as
   // they were there: a P of 1 is 1 then, as in a dense computation, if the forward pass was of the same family.
-  __device__ __forceinline__ float against_lse(float score, float lse) const { return NATURAL ? of(__fmul_rn(score, factor) - lse) : (*this)(score, lse); }
+  static constexpr float LARGE = 64.0f;
+  __device__ __forceinline__ float against_lse(float score, float lse) const {
+    return of(NATURAL && fabsf(lse) > LARGE ? __fmul_rn(score, factor) - lse : fmaf(score, factor, -lse));
+  }
 
   static __device__ __forceinline__ float shift_of_lse(float lse) { return lse * UNIT; }
   static __device__ __forceinline__ float lse(float shift, float sum) { return (NATURAL ? shift : shift * LN_2) + logf(sum); }
@@ -197,7 +200,10 @@ template <> struct Exponential<FLOAT64> {
 
   static __device__ __forceinline__ double of(double exponent) { return exp_float64(exponent); }
   __device__ __forceinline__ double operator()(double score, double shift) const { return of(fma(score, factor, -shift)); }
-  __device__ __forceinline__ double against_lse(double score, double lse) const { return of(__dmul_rn(score, factor) - lse); }
+  __device__ __forceinline__ double against_lse(double score, double lse) const {
+    const double rounded = __dmul_rn(score, factor);
+    return of(fabs(lse) > Exponential<FLOAT32>::LARGE ? rounded - lse : fma(score, factor, -lse));
+  }
 
   static __device__ __forceinline__ double shift_of_lse(double lse) { return lse; }
   static __device__ __forceinline__ double lse(double shift, double sum) { return shift + log(sum); }

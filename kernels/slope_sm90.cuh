@@ -15,9 +15,11 @@ __device__ __forceinline__ constexpr bool walks_outwards(int precision, int opti
 
 enum Side { RIGHT = -1, CROSSING = 0, LEFT = 1 };   // where a key tile lies from the diagonal; the sign of the slope there
 
-// j three times of each key of a tile, as a row of 8 columns; eight rows more, as the last ones' further columns are read where the next rows lie.
+// j three times of each key of a tile, as a row of 8 columns; eight rows more, as the last ones' further columns are read where the next rows lie. compute-sanitizer
+// takes it that the product reads rows of 16 columns: so many bytes lie here and, 512 of them, behind.
 template <int KEY_TILE> struct KeyNumbers {
-  static constexpr int ROWS = KEY_TILE + 8, BYTES = ROWS * 16;
+  static constexpr int ROWS = KEY_TILE + 8, BYTES = KEY_TILE * 32 - 512;
+  static_assert(BYTES >= ROWS * 16, "the rows have room");
 
   template <int PRECISION> static __device__ __forceinline__ void write(u32 address) {   // by all threads of a block, of which there are more than rows
     const float j = threadIdx.x;

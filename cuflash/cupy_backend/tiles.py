@@ -127,7 +127,7 @@ class ForwardSm90Tile(_Parameters):
         query_columns, value_columns = (max(parts, 1) * -(-dim // 64) * 64 for dim in dims)
         totals = self.query_tile * dims[1] * 4 if options & LONG_SUMS else 0
         bias = 2 * self.query_tile * self.key_tile * 2 if options & STAGED_BIAS else 0
-        key_numbers = 16 * (self.key_tile + 8) if options & ALIBI and not parts else 0
+        key_numbers = 32 * self.key_tile - 512 if options & ALIBI and not parts else 0
         tiles = (self.query_tile * query_columns + self.stages * self.key_tile * (query_columns + value_columns)) * 2
         barriers = 8 * (9 + 2 * self.warpgroups + 4 * self.stages)
         if parts:  # and a factor of 16 bytes for each warpgroup's queries and each stage of keys and values
