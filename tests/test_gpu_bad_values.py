@@ -49,7 +49,9 @@ def test_lengths_at_the_ends_of_int64(call):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"causal": True}, {"window": (20, 3)}, {"kv_lengths": 60, "q_lengths": 70}, {"bias": True, "dropout": 0.2, "seed": 1}], ids=str
+    "more",
+    [{}, {"causal": True}, {"window": (20, 3)}, {"kv_lengths": 60, "q_lengths": 70}, {"bias": True, "dropout": 0.2, "seed": 1}, {"mask": True}],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("cu_q", "cu_k"),
@@ -69,6 +71,8 @@ def test_bad_cu_seqlens_stay_inside(call, cu_q, cu_k, more):
     dout, q, k, v = (array[0] for array in call)
     if "bias" in more:
         more = {**more, "bias": cupy.zeros((LENGTH, KEYS), numpy.float16)}
+    if "mask" in more:
+        more = {"mask": cupy.ones((LENGTH, KEYS), bool)}
     cu_seqlens = tuple(cupy.asarray(own, dtype=numpy.int32) for own in (cu_q, cu_k))
     with guarded_memory():
         views = [inside(array, 8) for array in (dout, q, k, v)]
