@@ -18,6 +18,7 @@
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
 #include "backward_sm90.cuh"
+#include "bias_gradient_sm90.cuh"
 
 template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
   };
   // From Sᵀ to dV and dK, which is still under way at the end. All threads have written their part of dSᵀ, but not waited for those of the others.
+  BiasGradient<PRECISION, OPTIONS> bias_gradient;
   auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile) {
     const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
@@ -159,6 +161,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
+    typename BiasGradient<PRECISION, OPTIONS>::Tile bias_tile(problem, place, block.sequence, lane_key, lane_query);
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n)
 #pragma unroll
@@ -170,6 +173,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
           x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
         }
+        if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.take(problem, bias_tile, n, half, x);
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
         store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
@@ -269,6 +273,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       wgmma_wait<0>();
       pin(p[0]);
     }
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.end_head(problem, place, block.sequence, block.first_key + key_row + lane / 4);
   }
   if (block.first_tile < block.last_tile) {
     QueryGradient dq;

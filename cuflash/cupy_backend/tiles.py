@@ -23,10 +23,11 @@ PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", 
 PARTS = {"float32": 2, "tf32": 1}
 
 # As kernels/score.cuh has them.
-OPTIONS = tuple(1 << bit for bit in range(14))
-SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS
+OPTIONS = tuple(1 << bit for bit in range(18))
+SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS[:14]
+BIAS_GRADIENT, BIAS_ONE_ROW, BIAS_ONE_COLUMN, BIAS_UNSHARED = OPTIONS[14:]  # of the sm90 family's backward, beside BIAS
 OPTION_NAMES = ("SCALE_FIRST", "LONG_SUMS", "WINDOW", "PACKED", "LENGTHS", "SOFTCAP", "BIAS", "BIAS_FLOAT32", "MASK", "ALIBI", "DROPOUT", "SINKS")
-OPTION_NAMES += ("STAGED_BIAS", "SPLIT_KEYS")
+OPTION_NAMES += ("STAGED_BIAS", "SPLIT_KEYS", "BIAS_GRADIENT", "BIAS_ONE_ROW", "BIAS_ONE_COLUMN", "BIAS_UNSHARED")
 
 
 def head_dims(head_dim, value_dim, available=HEAD_DIMS):
@@ -497,12 +498,13 @@ BACKWARD_BIAS = {
 }
 
 
-# Options that say which scores there are; the others change them one by one.
+# Options that say which scores there are, or more of a bias; the others change scores one by one.
 _WHICH_SCORES = WINDOW | PACKED | LENGTHS | SINKS | SPLIT_KEYS
+_HOW_OF_A_BIAS = BIAS_FLOAT32 | STAGED_BIAS | BIAS_GRADIENT | BIAS_ONE_ROW | BIAS_ONE_COLUMN | BIAS_UNSHARED
 
 
 def _changes_of_scores(options):
-    return (options & ~_WHICH_SCORES & ~BIAS_FLOAT32 & ~STAGED_BIAS).bit_count()
+    return (options & ~_WHICH_SCORES & ~_HOW_OF_A_BIAS).bit_count()
 
 
 def forward_table(options):
