@@ -21,15 +21,15 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
     return (Element*)Score<PRECISION, OPTIONS>::template first_of<Element>(problem.dbias, place, sequence);
   }
 
-  // ONE_ROW: of a head, of the lane's two keys.
-  float sum[2] = {};
+  // ONE_ROW: over a head's queries of the lane and its neighbour, of one of their two keys.
+  float sum = 0.0f;
 
   // A tile of scores, of which the lane's first key and query are these.
   struct Tile {
-    Element* at;           // of the lane's first key and query; ONE_COLUMN: of the first query that it adds to
+    Element* at;           // of the lane's first key and next query; ONE_COLUMN: of the first query that it adds to
     int queries_left[2];   // of each key: how many of the queries from the lane's first one on take part; of a key that does not, none
     int own_queries_left;  // ONE_COLUMN: of those from `at` on
-    float part[4][2];      // ONE_COLUMN: of 32 queries
+    float part[4][2];      // of 32 queries, ONE_ROW: sums over them, of each key; ONE_COLUMN: sums over the lane's two keys, of each of its queries
 
     __device__ __forceinline__ Tile(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence, int key, int query) {
 #pragma unroll
@@ -44,28 +44,36 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
     }
   };
 
-  // x: dS of the queries n * 8 and n * 8 + 1, from the lane's first one on, and of its key `half`.
+  // x: dS of the queries n * 8 and n * 8 + 1, from the lane's first one on, and of its key `half`. In the order of n, and half; that the compiler keeps to it saves registers.
   __device__ __forceinline__ void take(const Problem& problem, Tile& tile, int n, int half, const float (&x)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool takes_part = n * 8 + i < tile.queries_left[half];
-      if constexpr (ONE_ROW) {
-        if (takes_part) sum[half] += x[i];
-      } else if constexpr (ONE_COLUMN) {
+      if constexpr (ONE_ROW || ONE_COLUMN) {
         const float own = takes_part ? x[i] : 0.0f;
-        tile.part[n % 4][i] = half ? tile.part[n % 4][i] + own : own;
-      } else if (takes_part) {
-        Element* to = tile.at + (n * 8 + i) * problem.dbias.row_stride + half * 8;
-        if constexpr (UNSHARED) from_float(*to, x[i]);
-        else reduce_add(to, x[i]);
+        float& part = ONE_ROW ? tile.part[0][half] : tile.part[n % 4][i];
+        part = (ONE_ROW ? n % 4 + i : half) ? part + own : own;
+      } else if constexpr (UNSHARED) {
+        if (takes_part) from_float(tile.at[i * problem.dbias.row_stride + half * 8], x[i]);
+      } else {
+        reduce_add_if(takes_part, tile.at + i * problem.dbias.row_stride + half * 8, x[i]);
       }
     }
-    if constexpr (ONE_COLUMN && !ONE_ROW) {
-      if (n % 4 == 3 && half == 1) {
-        const float total = sum_over_keys(tile.part);
-        if (n / 4 * 32 < tile.own_queries_left) reduce_add(tile.at + n / 4 * 32, total);
-      }
+    const bool whole = n % 4 == 3 && half == 1;   // 32 queries
+    if constexpr (ONE_ROW) {
+      if (whole) sum += sum_over_pair(tile.part[0]);
+    } else if constexpr (ONE_COLUMN) {
+      if (whole) reduce_add_if(n / 4 * 32 < tile.own_queries_left, tile.at + n / 4 * 32, sum_over_keys(tile.part));
+    } else if (half == 1) {
+      tile.at += 8 * problem.dbias.row_stride;
+      asm volatile("" : "+l"(tile.at) :: "memory");
     }
+  }
+
+  // Of two numbers of each lane, the sum over two neighbouring lanes of one of them: that of the first key in even lanes, of the second in odd ones.
+  static __device__ __forceinline__ float sum_over_pair(const float (&x)[2]) {
+    const bool odd = threadIdx.x % 2;
+    return (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffff, odd ? x[0] : x[1], 1);
   }
 
   // Of 8 numbers of each lane, whose sums over the eight lanes of a query's keys are wanted, the sum of one: number lane / 4. Each step halves what a lane holds.
@@ -88,15 +96,17 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
   // After a head's last tile.
   __device__ __forceinline__ void end_head(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence, int key) {
     if constexpr (ONE_ROW) {
-      if (ONE_COLUMN) sum[0] += sum[1];
+      const int lane = threadIdx.x % 32;
+      if (ONE_COLUMN) {
 #pragma unroll
-      for (int half = 0; half < (ONE_COLUMN ? 1 : 2); ++half) {
-#pragma unroll
-        for (int other = 1; other < (ONE_COLUMN ? 32 : 4); other *= 2) sum[half] += __shfl_xor_sync(0xffffffff, sum[half], other);
-        const bool adds = ONE_COLUMN ? threadIdx.x % 32 == 0 : threadIdx.x % 4 == 0 && key + half * 8 < sequence.seen();
-        if (adds) reduce_add(first_of(problem, place, sequence) + (ONE_COLUMN ? 0 : key + half * 8), sum[half]);
-        sum[half] = 0;
+        for (int other = 1; other < 32; other *= 2) sum += __shfl_xor_sync(0xffffffff, sum, other);
+        reduce_add_if(lane == 0, first_of(problem, place, sequence), sum);
+      } else {
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        key += lane % 2 * 8;
+        reduce_add_if(lane % 4 < 2 && key < sequence.seen(), first_of(problem, place, sequence) + key, sum);
       }
+      sum = 0.0f;
     }
   }
 };
