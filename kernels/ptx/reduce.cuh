@@ -18,10 +18,7 @@ __device__ __forceinline__ void reduce_add(double* address, double x, double y) 
 }
 
 #if __CUDA_ARCH__ >= 900
-// One number, if `wanted`: without a branch.
-__device__ __forceinline__ void reduce_add_if(bool wanted, float* address, float x) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %2, 0;\n@wanted red.global.add.f32 [%0], %1;\n}" :: "l"(address), "f"(x), "r"((int)wanted) : "memory");
-}
+__device__ __forceinline__ void reduce_add(float* address, float x) { asm volatile("red.global.add.f32 [%0], %1;" :: "l"(address), "f"(x) : "memory"); }
 
 // Four neighbours; `address` is 16-byte aligned.
 __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) {
