@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
-    typename BiasGradient::Tile bias_tile(problem, bias_gradient, block.sequence, lane_key, lane_query);
+    constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
+    typename BiasGradient::Tile bias_tile;
+    if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n)
 #pragma unroll
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
           x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
         }
-        if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.take(problem, bias_tile, n, half, x);
+        if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
         if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (n % 8 << 4 ^ swizzle) + lane % 4 * 4, word);
@@ -186,6 +188,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     if constexpr (QUERY_TILE > 64) multiply_p_do(1);
     multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at);   // dK += dSᵀ Q
+    if constexpr ((OPTIONS & BIAS_UNSHARED) != 0) {
+      keep_here(lane);
+      BiasGradient::write(problem, {problem, bias_gradient, block.sequence, block.first_key + key_row + lane / 4, first_query + lane % 4 * 2}, ds);
+    }
     wgmma_wait<1>();
     pin(dv);
     arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);

@@ -1,22 +1,24 @@
 // The gradient of the bias as backward kernels of the sm90 family make it on their way: dBias = dS, summed over whatever the bias is broadcast along. A computing
 // warp gives away its 16 keys of a tile of dSᵀ, in float32, as it makes them; rows of its fragments are keys, columns are queries.
 //
-//   a bias      (.., queries, keys)      each number goes to its place at once: it is added, or with BIAS_UNSHARED, where nobody else has one for it, written
+//   a bias           (.., queries, keys) each number is added to its place at once; with BIAS_UNSHARED, where nobody else has one for it, it is written, as it was rounded
+//                                        for products: so the bias has to be of the arrays' type
 //   BIAS_ONE_ROW     (.., 1, keys)       summed over a head's queries in registers, and then added, one number a key
 //   BIAS_ONE_COLUMN  (.., queries, 1)    summed over the warp's keys, and then added, one number a query and tile
 //   both             (.., 1, 1)          summed over a head's queries and the warp's keys, and then added
 //
-// dBias is 0 before, as there are pairs that nobody walks over. BIAS_UNSHARED it is the bias's own; else it is float32, and queries and keys are more by a tile at least
-// than there are, so that additions need no branches, which take registers. What takes no part adds 0, though it may hold 0 · inf, or adds it beyond the arrays.
+// dBias is 0 before, as there are pairs that nobody walks over. BIAS_UNSHARED it has the bias's shape and type; else it is float32, and has room for whole tiles of
+// queries and keys wherever they start, so that additions need no branches, which take registers. What takes no part adds 0, though it may hold 0 · inf, or adds
+// where nobody looks.
 #pragma once
 #include "ptx/reduce.cuh"
 #include "score.cuh"
 
 template <int PRECISION, int OPTIONS> struct BiasGradient {
   static constexpr bool ONE_ROW = (OPTIONS & BIAS_ONE_ROW) != 0, ONE_COLUMN = (OPTIONS & BIAS_ONE_COLUMN) != 0, UNSHARED = (OPTIONS & BIAS_UNSHARED) != 0;
-  static constexpr bool SELECTS = UNSHARED || (OPTIONS & (PACKED | LENGTHS)) != 0;   // whether what takes part is looked at, number by number
-  static_assert(!UNSHARED || !(ONE_ROW || ONE_COLUMN), "a bias that is broadcast has sums");
-  using Element = typename ElementOf<UNSHARED && !(OPTIONS & BIAS_FLOAT32) ? PRECISION : (int)FLOAT32>::type;
+  static constexpr bool SELECTS = (OPTIONS & (PACKED | LENGTHS)) != 0;   // else what takes no part has its place in dBias to itself, or is 0
+  static_assert(!UNSHARED || !(ONE_ROW || ONE_COLUMN || OPTIONS & BIAS_FLOAT32), "numbers are written as they are");
+  using Element = typename ElementOf<UNSHARED ? PRECISION : (int)FLOAT32>::type;
 
   u32 first_at;        // in shared memory: the warp's place for where the head's dBias begins, or that of its sequence
   float sum = 0.0f;    // ONE_ROW: over the queries of the lane and its neighbour, of one of their two keys
@@ -39,6 +41,7 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
     int queries_left[2];   // of each of the lane's keys: how many of the queries from its first one on take part; of a key that does not, none
     float part[4][2];      // of 32 queries. ONE_ROW: sums over them, of each key; ONE_COLUMN: sums over the keys, of each query of the lane
 
+    Tile() = default;
     __device__ __forceinline__ Tile(const Problem& problem, const BiasGradient& gradient, const Sequence<OPTIONS>& sequence, int key, int query) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) queries_left[half] = key + half * 8 < sequence.seen() ? sequence.seeing() - query : 0;
@@ -52,15 +55,10 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
   __device__ __forceinline__ void take(const Problem& problem, Tile& tile, int n, int half, const float (&x)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool takes_part = !SELECTS || n * 8 + i < tile.queries_left[half];
-      if constexpr (UNSHARED) {
-        if (takes_part) from_float(tile.at[i * problem.dbias.row_stride + half * 8], x[i]);
-      } else {
-        const float own = takes_part ? x[i] : 0.0f;
-        if constexpr (ONE_ROW) tile.part[0][half] = n % 4 + i ? tile.part[0][half] + own : own;
-        else if constexpr (ONE_COLUMN) tile.part[n % 4][i] = half ? tile.part[n % 4][i] + own : own;
-        else reduce_add(tile.at + i * problem.dbias.row_stride + half * 8, own);
-      }
+      const float own = !SELECTS || n * 8 + i < tile.queries_left[half] ? x[i] : 0.0f;
+      if constexpr (ONE_ROW) tile.part[0][half] = n % 4 + i ? tile.part[0][half] + own : own;
+      else if constexpr (ONE_COLUMN) tile.part[n % 4][i] = half ? tile.part[n % 4][i] + own : own;
+      else reduce_add(tile.at + i * problem.dbias.row_stride + half * 8, own);
     }
     if constexpr (ONE_ROW || ONE_COLUMN) {
       if (n % 4 < 3 || half == 0) return;
@@ -70,6 +68,17 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
       tile.at += 8 * problem.dbias.row_stride;
       asm volatile("" : "+l"(tile.at) :: "memory");   // else all addresses are made at once
     }
+  }
+
+  // BIAS_UNSHARED: all of a tile, in words of two queries, as a product takes them.
+  template <int STEPS> static __device__ __forceinline__ void write(const Problem& problem, const Tile& tile, const u32 (&ds)[STEPS][4]) {
+#pragma unroll
+    for (int n = 0; n < STEPS * 2; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (n * 8 + i < tile.queries_left[half]) tile.at[(n * 8 + i) * problem.dbias.row_stride + half * 8] = Element{(u16)(ds[n / 2][n % 2 * 2 + half] >> 16 * i)};
   }
 
   // Of two numbers of each lane, the sum over two neighbouring lanes of one of them: of the first in even lanes.
