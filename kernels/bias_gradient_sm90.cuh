@@ -26,6 +26,7 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
   // Before a head's first tile.
   __device__ __forceinline__ void begin_head(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) {
     const unsigned long long first = (unsigned long long)Score<PRECISION, OPTIONS>::template first_of<Element>(problem.dbias, place, sequence);
+    __syncwarp();   // that of the head before is of no more use
     if (threadIdx.x % 32 == 0) store_shared(first_at, (u32)first, (u32)(first >> 32));
     __syncwarp();
   }

@@ -126,11 +126,11 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         key_parts = parts(plan.dk_shape, sums), parts(plan.dv_shape, sums)
         words |= {"dk": key_parts[0].data.ptr, "dv": key_parts[1].data.ptr}
     bias_sum = dbias
-    if plan.bias_on_the_way:
-        if plan.bias_unshared or dbias.dtype == sums:
+    if plan.bias_sum is not None:
+        if plan.bias_sum == (dbias.shape, dbias.dtype):
             dbias.fill(0)
         else:
-            bias_sum = cupy.zeros(dbias.shape, sums)
+            bias_sum = cupy.zeros(*plan.bias_sum)
         words["dbias"] = bias_sum.data.ptr
     for step in (plan.prepare, plan.main, plan.query, plan.finish):
         if step is not None:
@@ -148,7 +148,7 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         _sum_parts(key_parts[0][..., : problem.head_dim], dk, 1.0)
         _sum_parts(key_parts[1][..., : problem.value_dim], dv, 1.0)
     if bias_sum is not dbias:
-        dbias[...] = bias_sum
+        dbias[...] = bias_sum[..., : dbias.shape[-2], : dbias.shape[-1]]
     if plan.bias is not None:
         bias_parts = parts(plan.bias_shape, sums) if plan.bias_parts else dbias
         plan.bias(words | {"dbias": bias_parts.data.ptr})

@@ -255,7 +255,7 @@ def options_of(problem):
 
 
 def bias_gradient_options(problem):
-    """Those of a backward kernel that makes the gradient of the bias on its way (kernels/bias_gradient_sm90.cuh); none without a bias, or where sums have an order."""
+    """Those of a kernel of the sm90 family that makes the gradient of the bias on its way (kernels/bias_gradient_sm90.cuh); none where sums have an order."""
     if problem.bias is None or problem.deterministic:
         return 0
     *lead, rows, columns = problem.bias.shape
@@ -264,9 +264,21 @@ def bias_gradient_options(problem):
         options |= tiles.BIAS_ONE_ROW
     if columns == 1:
         options |= tiles.BIAS_ONE_COLUMN
-    if rows > 1 and columns > 1 and math.prod(lead) == math.prod(problem.lead):
+    if rows > 1 and columns > 1 and math.prod(lead) == math.prod(problem.lead) and problem.bias.dtype == problem.dtype:
         options |= tiles.BIAS_UNSHARED
     return options
+
+
+def _sum_of_bias(problem, tile, options):
+    """Shape and dtype of what such a kernel adds up: beside a bias with room for whole tiles, wherever a sequence starts."""
+    *lead, rows, columns = problem.bias.shape
+    if options & tiles.BIAS_UNSHARED:
+        return problem.bias.shape, problem.dtype
+
+    def whole(length, step):
+        return 1 if length == 1 else length + step if problem.sequences else -(-length // step) * step
+
+    return (*lead, whole(rows, tile.query_tile), whole(columns, tile.key_tile)), problem.lse_dtype
 
 
 def plan_forward(problem, views, alignment):
@@ -585,7 +597,7 @@ class BackwardPlan:
         if self.separate_dq:
             main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
-        self.bias_on_the_way, self.bias_unshared = bool(bias_options), bool(bias_options & tiles.BIAS_UNSHARED)
+        self.bias_sum = _sum_of_bias(problem, main, bias_options) if bias_options else None  # else dbias has a kernel of its own
         bias_tile = None if problem.bias is None or bias_options else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
         readers = [main, *([query] if self.separate_dq or (in_parts and self.in_order) else []), *([bias_tile] if bias_tile else [])]
         if in_parts:  # the sm80 family stands by
@@ -622,6 +634,7 @@ class BackwardPlan:
         rows = {"padded_queries": padded, "padding": padding}
         numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
         if bias_options:
+            parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
         packed = argument(problem, {**views, **parts}, heads, alignment, **numbers)
 

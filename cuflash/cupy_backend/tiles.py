@@ -173,7 +173,7 @@ class BackwardSm90Tile(_Parameters):
     def shared_bytes(self, dims, in_order=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
         slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2)
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -570,6 +570,8 @@ def backward_sm90(head_dim, value_dim, options):
         fits = fits and dims != (64, 64)
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
+    if options & BIAS_GRADIENT:  # what its kernel makes on its way
+        fits = fits and dims in ((64, 64), (128, 128))
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
 
 
