@@ -309,11 +309,11 @@ template <int PRECISION, int OPTIONS> struct Score {
       for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Element* at = first + min(column + n * 8 + i, queries - 1) * array.row_stride;
+          const Element* at = first + (OPTIONS & BIAS_ONE_ROW ? 0 : min(column + n * 8 + i, queries - 1) * array.row_stride);
 #pragma unroll
           for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
+            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[OPTIONS & BIAS_ONE_COLUMN ? 0 : min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
         }
     } else {
       const bool pairs = array.pairs && column - column % 8 + COLUMNS <= keys;
