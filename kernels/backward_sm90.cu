@@ -1,5 +1,5 @@
 // Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and what each key block adds to dQ; IN_ORDER: so that the sum has the
-// same bits on every run. After
+// same bits on every run; BIAS_GRADIENT: and dBias (bias_gradient_sm90.cuh). After
 // FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) and its sources' order of products.
 //
 //   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
@@ -13,6 +13,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
