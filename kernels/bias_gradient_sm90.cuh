@@ -52,7 +52,7 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
     }
   };
 
-  // x: dS of the queries n * 8 and n * 8 + 1 and of key `half`, of the lane's. One n after the other: what an earlier one left is not waited for.
+  // x: dS of the queries n * 8 and n * 8 + 1 and of key `half`, of the lane's; to be called in the order of n, and for each of `half`.
   __device__ __forceinline__ void take(const Problem& problem, Tile& tile, int n, int half, const float (&x)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -531,7 +531,7 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
 class TestGradientOfABias:
     """That backward_sm90 makes on its way (kernels/bias_gradient_sm90.cuh)."""
 
-    SHAPES = [(2, 4, 300, 350), (4, 300, 350), (2, 1, 300, 350), (4, 1, 350), (2, 1, 1, 350), (4, 300, 1), (300, 1), (2, 4, 1, 1), ()]
+    SHAPES = (2, 4, 300, 350), (4, 300, 350), (2, 1, 300, 350), (4, 1, 350), (2, 1, 1, 350), (4, 300, 1), (300, 1), (2, 4, 1, 1), ()
 
     @pytest.mark.parametrize("name", ["nothing", "causal", "window", "q_lengths", "kv_lengths", "cu_seqlens", "sinks"])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
