@@ -655,7 +655,8 @@ class BackwardPlan:
         if maps is None:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
-            name, shared_bytes = main.name(precision, dims, options | bias_options, self.in_order), main.shared_bytes(dims, precision if in_parts else self.in_order)
+            name = main.name(precision, dims, options | bias_options, self.in_order)
+            shared_bytes = main.shared_bytes(dims, precision if in_parts else self.in_order)
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
