@@ -1,5 +1,5 @@
 // Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and what each key block adds to dQ; IN_ORDER: so that the sum has the
-// same bits on every run. After
+// same bits on every run; BIAS_GRADIENT: and dBias (bias_gradient_sm90.cuh). After
 // FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) and its sources' order of products.
 //
 //   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
@@ -13,11 +13,13 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
 #include "backward_sm90.cuh"
+#include "bias_gradient_sm90.cuh"
 
 template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
@@ -30,7 +32,7 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAG
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, SHARED_BYTES = SLAB_EMPTY + 8 * WARPGROUPS;
+  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, SHARED_BYTES = BIAS + 8 * 4 * WARPGROUPS;
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
@@ -98,8 +100,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
   };
   // From Sᵀ to dV and dK, which is still under way at the end. All threads have written their part of dSᵀ, but not waited for those of the others.
+  using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
+  BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
   auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile) {
     const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
+    int lane = threadIdx.x % 32;
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(lane);
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
     const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
@@ -156,9 +162,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     pin(dp);
     u32 ds[QUERY_TILE / 16][4], d[QUERY_TILE / 8][2];
     const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES;
+    int swizzle = lane / 4 << 4;
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(swizzle);
     ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
+    constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
+    typename BiasGradient::Tile bias_tile;
+    if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
 #pragma unroll
     for (int n = 0; n < QUERY_TILE / 8; ++n)
 #pragma unroll
@@ -170,12 +181,18 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
           x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
         }
+        if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
-        store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+        if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (n % 8 << 4 ^ swizzle) + lane % 4 * 4, word);
+        else store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
       }
     if constexpr (QUERY_TILE > 64) multiply_p_do(1);
     multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at);   // dK += dSᵀ Q
+    if constexpr ((OPTIONS & BIAS_UNSHARED) != 0) {
+      keep_here(lane);
+      BiasGradient::write(problem, {problem, bias_gradient, block.sequence, block.first_key + key_row + lane / 4, first_query + lane % 4 * 2}, ds);
+    }
     wgmma_wait<1>();
     pin(dv);
     arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
@@ -247,6 +264,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     place.head += head;
     const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
     float* dq_rows = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
     for (int step = block.first_tile; step < block.last_tile; ++step) {
@@ -269,6 +287,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       wgmma_wait<0>();
       pin(p[0]);
     }
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.end_head(block.sequence, block.first_key + key_row + lane / 4);
   }
   if (block.first_tile < block.last_tile) {
     QueryGradient dq;

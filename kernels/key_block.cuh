@@ -13,13 +13,19 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
 
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, schedule.place, problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
+      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     place.head *= problem.heads_per_block;
     const int first_query = visible.query_begin(first_key);
     const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
     first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
     last_tile = end_of_keys(first_key + KEY_TILE);
+  }
+
+  // With BIAS_GRADIENT batch entries that share a bias follow each other, so that they find it, and the sums of its gradient, in L2.
+  static __device__ __forceinline__ u32 flat_place(const Problem& problem, u32 place) {
+    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) return place % problem.batches_together * problem.grid_heads + place / problem.batches_together;
+    return place;
   }
 
   // Query tiles from here on see none of the keys up to `end`.

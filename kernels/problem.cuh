@@ -59,7 +59,7 @@ struct Problem {
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
-  int batches_together;         // STAGED_BIAS in forward_sm90: how many batch entries share a bias, if their tiles should follow each other
+  int batches_together;         // STAGED_BIAS in forward_sm90, BIAS_GRADIENT: how many batch entries share a bias, if their tiles should follow each other
   u32 keep_threshold;           // dropout: 65536 times the probability to keep, in the high half of the word
   float keep_inverse;           // 1 / that probability
   float scale;

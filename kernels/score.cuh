@@ -20,6 +20,10 @@ enum Option {
   SINKS = 2048,
   STAGED_BIAS = 4096,   // forward: the bias comes by way of shared memory: its rows are whole 16-byte pieces
   SPLIT_KEYS = 8192,    // forward_sm90: a query tile's keys are shared out over blocks, and forward_combine puts their parts together
+  BIAS_GRADIENT = 16384,     // backward of the sm90 family: it makes the gradient of the bias too (bias_gradient_sm90.cuh)
+  BIAS_ONE_ROW = 32768,      // beside BIAS_GRADIENT: of a bias that all queries share
+  BIAS_ONE_COLUMN = 65536,   // beside BIAS_GRADIENT: of a bias that all keys share
+  BIAS_UNSHARED = 131072,    // beside BIAS_GRADIENT: of a bias that has a number for each score
 };
 
 // Which queries and keys of a (batch, head) belong together: all, or with PACKED one of its sequences. Rows and columns count from its first ones.
@@ -305,11 +309,11 @@ template <int PRECISION, int OPTIONS> struct Score {
       for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Element* at = first + min(column + n * 8 + i, queries - 1) * array.row_stride;
+          const Element* at = first + (OPTIONS & BIAS_ONE_ROW ? 0 : min(column + n * 8 + i, queries - 1) * array.row_stride);
 #pragma unroll
           for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
+            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[OPTIONS & BIAS_ONE_COLUMN ? 0 : min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
         }
     } else {
       const bool pairs = array.pairs && column - column % 8 + COLUMNS <= keys;

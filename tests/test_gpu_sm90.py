@@ -526,3 +526,59 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     main = plan.main.main if isinstance(plan.main, launch.Masked) else plan.main
     assert (main.maps is not None) == (own is not None)
     assert own is not None or name in ("softcap", "dropout")
+
+
+class TestGradientOfABias:
+    """That backward_sm90 makes on its way (kernels/bias_gradient_sm90.cuh)."""
+
+    SHAPES = (2, 4, 300, 350), (4, 300, 350), (2, 1, 300, 350), (4, 1, 350), (2, 1, 1, 350), (4, 300, 1), (300, 1), (2, 4, 1, 1), ()
+
+    @pytest.mark.parametrize("name", ["nothing", "causal", "window", "q_lengths", "kv_lengths", "cu_seqlens", "sinks"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("head_dim", [40, 64, 128])
+    @pytest.mark.parametrize("blocks", ["a head each", "heads together"])
+    def test_shapes(self, arrays, blocks, head_dim, shape, name, no_plans, monkeypatch):
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 1 if blocks == "heads together" else 10**6)
+        q, k, v = arrays.normal(2, 4, 300, head_dim), arrays.normal(2, 2, 350, head_dim), arrays.normal(2, 2, 350, head_dim)
+        options = {} if name == "nothing" else option(name, arrays, (2,), 4, 300, 350)
+        dlse = arrays.normal(2, 4, 300, dtype=arrays.lse_dtype)
+        check_backward(arrays.normal(2, 4, 300, head_dim), q, k, v, dlse=dlse, bias=arrays.normal(*shape), roundings=8, **options)
+        self.check_plan(no_plans)
+
+    @staticmethod
+    def check_plan(plans):
+        (plan,) = [plan for plan in plans.values() if isinstance(plan, launch.BackwardPlan)]
+        assert plan.bias is None
+        assert plan.bias_sum is not None
+
+    @pytest.mark.parametrize("lengths", [(1, 1), (1, 200), (200, 1), (128, 128), (129, 257), (63, 1025)], ids=str)
+    @pytest.mark.parametrize("rows", [False, True])
+    @pytest.mark.parametrize("columns", [False, True])
+    @pytest.mark.parametrize("dtype", ["own", "float32"])
+    def test_lengths(self, arrays, dtype, columns, rows, lengths, no_plans):
+        length, keys = lengths
+        q, k, v = arrays.qkv(length, keys, 128, lead=(3, 2))
+        bias = arrays.normal(2, length if rows else 1, keys if columns else 1, dtype=arrays.dtype if dtype == "own" else arrays.lse_dtype)
+        check_backward(arrays.normal(3, 2, length, 128), q, k, v, bias=bias, roundings=16)
+        self.check_plan(no_plans)
+
+    def test_several_batch_dimensions(self, arrays, no_plans):
+        q, k, v = arrays.normal(3, 1, 4, 150, 64), arrays.normal(2, 2, 130, 64), arrays.normal(2, 2, 130, 64)
+        for shape in ((3, 1, 4, 150, 130), (2, 1, 150, 130), (2, 1, 1, 130), (3, 2, 1, 150, 1), (1, 2, 4, 1, 1)):
+            no_plans.clear()
+            check_backward(arrays.normal(3, 2, 4, 150, 64), q, k, v, bias=arrays.normal(*shape), roundings=16)
+            self.check_plan(no_plans)
+
+    @pytest.mark.parametrize("shape", [(2, 4, 300, 350), (4, 300, 350), (4, 1, 350), (300, 1), (1, 1)], ids=str)
+    def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, shape, no_plans):
+        q, k, v = arrays.normal(2, 4, 300, 64), arrays.normal(2, 2, 350, 64), arrays.normal(2, 2, 350, 64)
+        dout, bias = arrays.normal(2, 4, 300, 64), arrays.normal(*shape)
+        options = {"bias": bias, "q_lengths": 280, "kv_lengths": cupy.asarray([330, 70])}
+        call = cuflash.attention_forward(q, k, v, **options)
+        expected = to_numpy(cuflash.attention_backward(dout, q, k, v, *call, **options)[3])
+        for array in (q, dout):
+            array[..., 280:, :] = numpy.nan
+        k[0, :, 330:], k[1, :, 70:], v[0, :, 330:], v[1, :, 70:] = numpy.inf, numpy.nan, numpy.nan, numpy.inf
+        actual = to_numpy(cuflash.attention_backward(dout, q, k, v, *call, **options)[3])
+        self.check_plan(no_plans)
+        numpy.testing.assert_allclose(actual, expected, rtol=1e-2, atol=1e-3 * abs(expected).max())

@@ -100,7 +100,9 @@ def test_instances(architecture, precision, dims):
     assert not found, "\n".join(found)
 
 
-ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.STAGED_BIAS - tiles.SPLIT_KEYS
+BIAS_GRADIENT = tiles.BIAS | tiles.BIAS_GRADIENT
+BIAS_GRADIENTS = (tiles.BIAS_GRADIENT, tiles.BIAS_ONE_ROW, tiles.BIAS_ONE_COLUMN, tiles.BIAS_UNSHARED)  # of the backward of sm90 alone
+ALL_OPTIONS = sum(tiles.OPTIONS) - tiles.LONG_SUMS - tiles.BIAS_FLOAT32 - tiles.STAGED_BIAS - tiles.SPLIT_KEYS - sum(BIAS_GRADIENTS)
 WHICH_SCORES = tiles.WINDOW | tiles.PACKED | tiles.LENGTHS | tiles.SINKS
 
 
@@ -123,7 +125,8 @@ def test_instances_with_options(options, precision, dims):
             assert stored and int(stored[1]) <= allowed, spill
 
 
-SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS)))
+NOT_ALONE = (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS, *BIAS_GRADIENTS)
+SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in NOT_ALONE))
 SM90_OPTIONS += (tiles.SPLIT_KEYS | tiles.LONG_SUMS, (tiles.SPLIT_KEYS | ALL_OPTIONS) & ~(tiles.PACKED | tiles.SINKS))
 SLOPED = tiles.ALIBI | tiles.BIAS | tiles.MASK  # with ALIBI in the products: most registers
 STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS | WHICH_SCORES) & ~tiles.PACKED)
@@ -166,6 +169,17 @@ def test_backward_instances_of_sm90(precision, dims):
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_backward_instances_of_sm90_with_the_gradient_of_a_bias(dims):
+    """These are at the limit of registers."""
+    which = WHICH_SCORES & ~tiles.SINKS
+    kinds = (0, tiles.BIAS_UNSHARED, tiles.BIAS_ONE_ROW, tiles.BIAS_ONE_COLUMN, tiles.BIAS_ONE_ROW | tiles.BIAS_ONE_COLUMN)
+    sets = [BIAS_GRADIENT | kind for kind in kinds] + [BIAS_GRADIENT | which | kind for kind in kinds[:4]] + [BIAS_GRADIENT | tiles.BIAS_FLOAT32]
+    chosen = [(own, tiles.backward_sm90(*dims, own)) for own in sets]
+    assert all(tile[1] == dims for _, tile in chosen)
+    assert spills("backward_sm90.cu", [tile.name("bfloat16", dims, own, False) for own, (tile, _) in chosen], "sm_90a") == []
 
 
 @pytest.mark.parametrize("precision", tiles.PARTS)

@@ -105,6 +105,7 @@ def test_what_the_table_says_works(seed, name, family, precision, request):
         backward = "backward_parts_sm90.cu" if in_parts else "backward_sm90.cu"
         assert {"forward_sm90.cu", backward if "backward" in says else "backward_sm80.cu"} <= set(taken)
         assert ("forward_sm80.cu" in taken) == in_parts
+        assert ("backward_bias_sm80.cu" in taken) == (in_parts and name == "bias")
         return
     assert "backward" in says
     assert len(gradients) == 3 + ("dbias" in says) + ("dsinks" in says)

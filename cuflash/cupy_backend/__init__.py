@@ -125,6 +125,13 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     if plan.key_parts:
         key_parts = parts(plan.dk_shape, sums), parts(plan.dv_shape, sums)
         words |= {"dk": key_parts[0].data.ptr, "dv": key_parts[1].data.ptr}
+    bias_sum = dbias
+    if plan.bias_sum is not None:
+        if plan.bias_sum == (dbias.shape, dbias.dtype):
+            dbias.fill(0)
+        else:
+            bias_sum = cupy.zeros(*plan.bias_sum)
+        words["dbias"] = bias_sum.data.ptr
     for step in (plan.prepare, plan.main, plan.query, plan.finish):
         if step is not None:
             step(words)
@@ -140,6 +147,8 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     if plan.key_parts:
         _sum_parts(key_parts[0][..., : problem.head_dim], dk, 1.0)
         _sum_parts(key_parts[1][..., : problem.value_dim], dv, 1.0)
+    if bias_sum is not dbias:
+        dbias[...] = bias_sum[..., : dbias.shape[-2], : dbias.shape[-1]]
     if plan.bias is not None:
         bias_parts = parts(plan.bias_shape, sums) if plan.bias_parts else dbias
         plan.bias(words | {"dbias": bias_parts.data.ptr})

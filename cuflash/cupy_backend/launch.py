@@ -254,6 +254,33 @@ def options_of(problem):
     return options
 
 
+def bias_gradient_options(problem):
+    """Those of a kernel of the sm90 family that makes the gradient of the bias on its way (kernels/bias_gradient_sm90.cuh); none where sums have an order."""
+    if problem.bias is None or problem.deterministic:
+        return 0
+    *lead, rows, columns = problem.bias.shape
+    options = tiles.BIAS_GRADIENT
+    if rows == 1:
+        options |= tiles.BIAS_ONE_ROW
+    if columns == 1:
+        options |= tiles.BIAS_ONE_COLUMN
+    if rows > 1 and columns > 1 and math.prod(lead) == math.prod(problem.lead) and problem.bias.dtype == problem.dtype:
+        options |= tiles.BIAS_UNSHARED
+    return options
+
+
+def _sum_of_bias(problem, tile, options):
+    """Shape and dtype of what such a kernel adds up: beside a bias with room for whole tiles, wherever a sequence starts."""
+    *lead, rows, columns = problem.bias.shape
+    if options & tiles.BIAS_UNSHARED:
+        return problem.bias.shape, problem.dtype
+
+    def whole(length, step):
+        return 1 if length == 1 else length + step if problem.sequences else -(-length // step) * step
+
+    return (*lead, whole(rows, tile.query_tile), whole(columns, tile.key_tile)), problem.lse_dtype
+
+
 def plan_forward(problem, views, alignment):
     """The launch of a forward pass; `views`: name -> layout."""
     problem, views = _heads_as_rows(problem, views)
@@ -541,10 +568,15 @@ class BackwardPlan:
         by_queries, by_keys = mask_bits(problem, views), mask_bits(problem, views, transposed=True)  # the latter is what the kernels for dK and dV take
         query_views, views = (views if bits is None else bits.views for bits in (by_queries, by_keys))
 
-        main, maps, float32_parts = tiles.choose(tiles.backward_table(options), precision, dims, limit), None, None
+        main, maps, float32_parts, bias_options = tiles.choose(tiles.backward_table(options), precision, dims, limit), None, None, 0
+        if problem.bias is not None:  # from here on, as the batch dimensions that merge depend on all arrays
+            views, query_views = (own | {"dbias": contiguous_layout(problem.bias.shape)} for own in (views, query_views))
         if family(device)[0] == "sm90" and problem.key_length and problem.query_length and (size == 2 or (size == 4 and tiles.parts_pay(problem))):
             if size == 2:
-                own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
+                bias_options = bias_gradient_options(problem)
+                own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options | bias_options)
+                if own is None and bias_options:  # dbias takes a kernel of its own
+                    bias_options, own = 0, tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
                 maps = None if own is None else _maps_of_backward(problem, views, own[0])
             else:
                 own = tiles.backward_parts(precision, problem.head_dim, problem.value_dim, options)
@@ -556,6 +588,7 @@ class BackwardPlan:
             else:
                 unreadable = "TMA cannot read these strides" if size == 2 else "parts of these arrays would take much memory, or TMA cannot read them"
                 log.info("backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else unreadable)
+                bias_options = 0
         in_parts = float32_parts is not None and maps is not None
         self.dims = dims
         # dQ comes from sums over the key blocks, in no fixed order or (sm90) in theirs, or (sm80) from a kernel of its own.
@@ -564,7 +597,8 @@ class BackwardPlan:
         if self.separate_dq:
             main = tiles.choose(tiles.backward_table(options, with_dq=False), precision, dims, limit)
         query = tiles.choose(tiles.BACKWARD_QUERY, precision, dims, limit)
-        bias_tile = None if problem.bias is None else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
+        self.bias_sum = _sum_of_bias(problem, main, bias_options) if bias_options else None  # else dbias has a kernel of its own
+        bias_tile = None if problem.bias is None or bias_options else tiles.choose(tiles.BACKWARD_BIAS, precision, dims, limit)
         readers = [main, *([query] if self.separate_dq or (in_parts and self.in_order) else []), *([bias_tile] if bias_tile else [])]
         if in_parts:  # the sm80 family stands by
             standby = tiles.choose(tiles.backward_table(options, with_dq=not self.in_order), precision, dims, limit)
@@ -599,6 +633,9 @@ class BackwardPlan:
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         rows = {"padded_queries": padded, "padding": padding}
         numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
+        if bias_options:
+            parts["dbias"] = contiguous_layout(self.bias_sum[0])
+            numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
         packed = argument(problem, {**views, **parts}, heads, alignment, **numbers)
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
@@ -618,7 +655,8 @@ class BackwardPlan:
         if maps is None:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
-            name, shared_bytes = main.name(precision, dims, options, self.in_order), main.shared_bytes(dims, precision if in_parts else self.in_order)
+            name = main.name(precision, dims, options | bias_options, self.in_order)
+            shared_bytes = main.shared_bytes(dims, precision if in_parts else self.in_order)
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
@@ -640,7 +678,7 @@ class BackwardPlan:
         if in_parts:
             self.main = PartsBackward(float32_parts, self.main, launch_sm80(standby, not self.in_order), self.finish, self.query)
             self.finish = self.query = None
-        if problem.bias is not None:
+        if bias_tile is not None:
             self._plan_bias(problem, query_views, alignment, bias_tile, options, rows)
             self.bias = _with_mask(by_queries, self.bias)
 
@@ -654,9 +692,8 @@ class BackwardPlan:
         steps = math.prod(problem.lead) // math.prod(shape[:-2]) * (1 if own_rows else query_slots)
         splits = max(1, min(steps, 4 * multiprocessors(problem.device) // blocks, MAX_SPLITS))
         self.bias_parts, self.bias_shape = splits > 1, (splits, *shape)
-        dbias = {"dbias": contiguous_layout(shape)}
         numbers = {"partial": self.bias_parts, "splits": splits, "split_stride": math.prod(shape), **rows}
-        packed = argument(problem, {**views, **dbias}, None, alignment, **numbers)
+        packed = argument(problem, views, None, alignment, **numbers)
         size = tiles.element_bytes(problem.precision)
         name, shared_bytes = tile.name(problem.precision, self.dims, options), tile.shared_bytes(self.dims, size)
         kernel = modules.kernel(tile.file, name, shared_bytes, problem.device)

@@ -23,10 +23,11 @@ PRECISIONS = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "tf32": "TFLOAT32", 
 PARTS = {"float32": 2, "tf32": 1}
 
 # As kernels/score.cuh has them.
-OPTIONS = tuple(1 << bit for bit in range(14))
-SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS
+OPTIONS = tuple(1 << bit for bit in range(18))
+SCALE_FIRST, LONG_SUMS, WINDOW, PACKED, LENGTHS, SOFTCAP, BIAS, BIAS_FLOAT32, MASK, ALIBI, DROPOUT, SINKS, STAGED_BIAS, SPLIT_KEYS = OPTIONS[:14]
+BIAS_GRADIENT, BIAS_ONE_ROW, BIAS_ONE_COLUMN, BIAS_UNSHARED = OPTIONS[14:]  # of the sm90 family's backward, beside BIAS
 OPTION_NAMES = ("SCALE_FIRST", "LONG_SUMS", "WINDOW", "PACKED", "LENGTHS", "SOFTCAP", "BIAS", "BIAS_FLOAT32", "MASK", "ALIBI", "DROPOUT", "SINKS")
-OPTION_NAMES += ("STAGED_BIAS", "SPLIT_KEYS")
+OPTION_NAMES += ("STAGED_BIAS", "SPLIT_KEYS", "BIAS_GRADIENT", "BIAS_ONE_ROW", "BIAS_ONE_COLUMN", "BIAS_UNSHARED")
 
 
 def head_dims(head_dim, value_dim, available=HEAD_DIMS):
@@ -172,7 +173,7 @@ class BackwardSm90Tile(_Parameters):
     def shared_bytes(self, dims, in_order=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
         slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2)
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,12 +498,13 @@ BACKWARD_BIAS = {
 }
 
 
-# Options that say which scores there are; the others change them one by one.
+# Options that say which scores there are, or more of a bias; the others change scores one by one.
 _WHICH_SCORES = WINDOW | PACKED | LENGTHS | SINKS | SPLIT_KEYS
+_HOW_OF_A_BIAS = BIAS_FLOAT32 | STAGED_BIAS | BIAS_GRADIENT | BIAS_ONE_ROW | BIAS_ONE_COLUMN | BIAS_UNSHARED
 
 
 def _changes_of_scores(options):
-    return (options & ~_WHICH_SCORES & ~BIAS_FLOAT32 & ~STAGED_BIAS).bit_count()
+    return (options & ~_WHICH_SCORES & ~_HOW_OF_A_BIAS).bit_count()
 
 
 def forward_table(options):
@@ -568,6 +570,8 @@ def backward_sm90(head_dim, value_dim, options):
         fits = fits and dims != (64, 64)
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
+    if options & BIAS_GRADIENT:  # what its kernel makes on its way
+        fits = fits and dims in ((64, 64), (128, 128))
     return (BACKWARD_SM90[dims], dims) if dims and fits else None
 
 

@@ -18,6 +18,8 @@ __device__ __forceinline__ void reduce_add(double* address, double x, double y) 
 }
 
 #if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void reduce_add(float* address, float x) { asm volatile("red.global.add.f32 [%0], %1;" :: "l"(address), "f"(x) : "memory"); }
+
 // Four neighbours; `address` is 16-byte aligned.
 __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
