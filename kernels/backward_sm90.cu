@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     wgmma_wait<1>();
     pin(dp);
     u32 ds[AT_ONCE / 16][4], d[AT_ONCE / 8][2];
-    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES;
-    if (part == 0) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + before / 64 * Tiles::KEY_BOX, swizzle = before % 64 / 8;
+    ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
     for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
 #pragma unroll
@@ -175,14 +175,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         }
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
-        const int chunk = before / 8 + n;   // of 8 queries, 16 bytes
-        store_shared(ds_at + chunk / 8 * Tiles::KEY_BOX + row * 128 + ((chunk % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+        store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ swizzle ^ row & 7) << 4) + lane % 4 * 4, word);
       }
     if constexpr (AT_ONCE > 64) multiply_p_do(1);
     multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
-    wgmma_wait<1>();
+    wgmma_wait<Tiles::PARTS == 1>();   // dV, and where branches follow dK too
     pin(dv);
-    if (part < Tiles::PARTS - 1) return;
+    if constexpr (Tiles::PARTS > 1) pin(dk);
+    if (part + 1 < Tiles::PARTS) return;
     arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
     do_ring.advance();
     fence_for_async_proxy();
@@ -259,13 +259,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
       const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
-#pragma unroll
+#pragma unroll 1
       for (int part = 0; part < Tiles::PARTS; ++part) {
         gradients_of_keys(place, score, tile, part);
         if (part + 1 < Tiles::PARTS) {
           multiply_k_q(part + 1);
           wgmma_wait<0>();
-          pin(dk);
           pin(p[0]);
         }
       }
