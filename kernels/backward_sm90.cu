@@ -254,19 +254,17 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     float* dq_rows = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
 
 #pragma unroll 1
-    for (int step = block.first_tile; step < block.last_tile; ++step) {
-      const int tile = block.template tile_at<IN_ORDER>(step);
+    for (int step = block.first_tile * Tiles::PARTS; step < block.last_tile * Tiles::PARTS; ++step) {
+      const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
-#pragma unroll 1
-      for (int part = 0; part < Tiles::PARTS; ++part) {
-        gradients_of_keys(place, score, tile, part);
-        if (part + 1 < Tiles::PARTS) {
-          multiply_k_q(part + 1);
-          wgmma_wait<0>();
-          pin(p[0]);
-        }
+      const bool follows = step >= (block.first_tile + 1) * Tiles::PARTS || head > 0, more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
+      gradients_of_keys(place, score, tile, part);
+      if (part + 1 < Tiles::PARTS) {   // no products are under way
+        multiply_k_q(part + 1);
+        wgmma_wait<0>();
+        pin(p[0]);
+        continue;
       }
       QueryGradient dq;
       multiply_ds_k(dq, follows);
