@@ -9,7 +9,8 @@
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
-// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
+// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn. The scores of AT_ONCE queries are in registers: of a whole tile,
+// or where options need registers, of one of its parts after the other.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
@@ -17,10 +18,11 @@
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
+// In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
 
 template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
-  static constexpr int PARTS = QUERY_TILE / AT_ONCE;   // of a tile, one after the other
+  static constexpr int PARTS = QUERY_TILE / AT_ONCE;
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
@@ -98,9 +100,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
     multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES) + part * AT_ONCE * 128);
   };
-  // From Sᵀ of a part of a tile to dV and dK, which is still under way at the end. After the last one all threads have written their part of dSᵀ, but not waited for those of the others.
+  // From Sᵀ of a part of a tile to dV and dK, which of a whole tile is still under way at the end. After the last part all threads have written theirs of dSᵀ, but
+  // not waited for those of the others.
   auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile, int part) {
-    const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box
+    const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
     const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
@@ -179,7 +182,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     if constexpr (AT_ONCE > 64) multiply_p_do(1);
     multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
-    wgmma_wait<Tiles::PARTS == 1>();   // dV, and where branches follow dK too
+    wgmma_wait<Tiles::PARTS == 1>();   // dV is done; before the branch that parts need, dK too
     pin(dv);
     if constexpr (Tiles::PARTS > 1) pin(dk);
     if (part + 1 < Tiles::PARTS) return;
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
       const bool follows = step >= (block.first_tile + 1) * Tiles::PARTS || head > 0, more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
       gradients_of_keys(place, score, tile, part);
-      if (part + 1 < Tiles::PARTS) {   // no products are under way
+      if (part + 1 < Tiles::PARTS) {
         multiply_k_q(part + 1);
         wgmma_wait<0>();
         pin(p[0]);
