@@ -163,7 +163,7 @@ def test_backward_instances_of_sm90(precision, dims):
         own_sets = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
         sets |= {own for own in own_sets if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)}
     if precision == "bfloat16" and dims in tiles.BACKWARD_SM90_WITH_OPTIONS:
-        sets |= {tiles.SOFTCAP | tiles.DROPOUT, tiles.MASK | tiles.ALIBI, ALL_CHANGES, ALL_CHANGES & ~tiles.SOFTCAP | tiles.SCALE_FIRST}
+        sets |= {tiles.MASK | tiles.ALIBI, ALL_CHANGES, ALL_CHANGES & ~tiles.SOFTCAP | tiles.SCALE_FIRST}
     wider = sets | {own | which for own in sets}
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
