@@ -291,8 +291,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     add_dq(dq, dq_target);
   }
 
-  const int row = key_row + lane / 4;
-  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
-  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+  auto store = [&](const Block& block) {
+    const int row = key_row + lane / 4;
+    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
+    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+  };
+  if constexpr (Tiles::PARTS > 1) store(Block(problem, block_index_again()));   // registers are short
+  else store(block);
   if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
 }
