@@ -261,7 +261,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = step >= (block.first_tile + 1) * Tiles::PARTS || head > 0, more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
+      const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers
+      const bool more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
       gradients_of_keys(place, score, tile, part);
       if (part + 1 < Tiles::PARTS) {
         multiply_k_q(part + 1);
