@@ -9,7 +9,8 @@
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
-// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
+// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn. The scores of AT_ONCE queries are in registers: of a whole tile,
+// or where options need registers, of one of its parts after the other.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
@@ -18,10 +19,12 @@
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
 // dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
+// In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
 #include "bias_gradient_sm90.cuh"
 
-template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
+template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
+  static constexpr int PARTS = QUERY_TILE / AT_ONCE;
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
@@ -35,12 +38,12 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int Q_STAGES, int DO_STAG
   static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, SHARED_BYTES = BIAS + 8 * 4 * WARPGROUPS;
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
-  static_assert((QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
+  static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
-  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>;
+  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, AT_ONCE, Q_STAGES, DO_STAGES, IN_ORDER>;
   using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
@@ -94,84 +97,87 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   Ring<DO_STAGES> do_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
   Ring<1> slab_ring;
-  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][QUERY_TILE / 8][4];
+  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
 
-  auto multiply_k_q = [&] {   // Sᵀ = K Qᵀ
-    multiply_rows<PRECISION, QUERY_TILE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES));
+  auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
+    multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES) + part * AT_ONCE * 128);
   };
-  // From Sᵀ to dV and dK, which is still under way at the end. All threads have written their part of dSᵀ, but not waited for those of the others.
   using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
   BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
-  auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile) {
-    const int first_query = tile * QUERY_TILE, queries = block.sequence.seeing() - first_query;
+  // From Sᵀ of a part of a tile to dV and dK, which of a whole tile is still under way at the end. After the last part all threads have written theirs of dSᵀ, but
+  // not waited for those of the others.
+  auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile, int part) {
+    const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
+    const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
     int lane = threadIdx.x % 32;
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(lane);
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
     const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
 
-    do_ring.wait_full(base + Tiles::DO_FULL);
-    if (CLEARS && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
+    if (part == 0) do_ring.wait_full(base + Tiles::DO_FULL);
+    if (CLEARS && part == 0 && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
       clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0));
       clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0));
       cleared();
     }
-    u32 derivative[QUERY_TILE / 8][2];   // of the softcap, halves: in float32 they would not fit
+    u32 derivative[AT_ONCE / 8][2];   // of the softcap, halves: in float32 they would not fit
     if constexpr ((OPTIONS & SOFTCAP) != 0) {   // nor beside dPᵀ
-      float of_scores[1][QUERY_TILE / 8][4];
-      score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, of_scores);
+      float of_scores[1][AT_ONCE / 8][4];
+      score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, of_scores);
 #pragma unroll
-      for (int n = 0; n < QUERY_TILE / 8; ++n)
+      for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
     }
-    float dp[QUERY_TILE / 8][4];
-    multiply_rows<PRECISION, QUERY_TILE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at);   // dPᵀ = V dOᵀ
+    float dp[AT_ONCE / 8][4];
+    multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);   // dPᵀ = V dOᵀ
     pin(p[0]);
 
-    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, QUERY_TILE>(problem, p, lane_key, lane_query, nullptr);
-    u32 lse[QUERY_TILE / 8][2];   // all of them are asked for before the first is used
+    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, nullptr);
+    u32 lse[AT_ONCE / 8][2];   // all of them are asked for before the first is used
 #pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + n * 32);
+    for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + before * 4 + n * 32);
 #pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n)
+    for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[n][i % 2]));
-    if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + QUERY_TILE > block.visible.query_end(block.first_key))
-      block.visible.template hide<true, 1, QUERY_TILE>(p, lane_key, lane_query, 0.0f);
+    if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + AT_ONCE > block.visible.query_end(block.first_key))
+      block.visible.template hide<true, 1, AT_ONCE>(p, lane_key, lane_query, 0.0f);
     if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
-      Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, QUERY_TILE>(
+      Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, AT_ONCE>(
           problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
 
-    // dV += Pᵀ dO, 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
-    u32 words[QUERY_TILE / 64][4][4];
-    auto multiply_p_do = [&](int part) {
+    // dV += Pᵀ dO, up to 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
+    constexpr int SHARE = AT_ONCE < 64 ? AT_ONCE : 64;
+    u32 words[AT_ONCE / SHARE][SHARE / 16][4];
+    auto multiply_p_do = [&](int share) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < SHARE / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float weight[2] = {p[0][part * 8 + n][2 * half], p[0][part * 8 + n][2 * half + 1]};
+          float weight[2] = {p[0][share * 8 + n][2 * half], p[0][share * 8 + n][2 * half + 1]};
           if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
-          words[part][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
+          words[share][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
         }
-      multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[part], do_at + part * 64 * 128);
+      multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[share], do_at + rows_before + share * 64 * 128);
     };
     multiply_p_do(0);
 
     wgmma_wait<1>();
     pin(dp);
-    u32 ds[QUERY_TILE / 16][4], d[QUERY_TILE / 8][2];
-    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES;
-    int swizzle = lane / 4 << 4;
+    u32 ds[AT_ONCE / 16][4], d[AT_ONCE / 8][2];
+    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + before / 64 * Tiles::KEY_BOX;
+    int swizzle = (lane / 4 ^ before % 64 / 8) << 4;
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(swizzle);
     ds_ring.wait_empty(base + Tiles::DS_EMPTY);
 #pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + n * 32);
+    for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
     constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
     typename BiasGradient::Tile bias_tile;
     if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
 #pragma unroll
-    for (int n = 0; n < QUERY_TILE / 8; ++n)
+    for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float x[2];
@@ -184,17 +190,18 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
-        if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (n % 8 << 4 ^ swizzle) + lane % 4 * 4, word);
-        else store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + ((n % 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+        store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (n % 8 << 4 ^ swizzle) + lane % 4 * 4, word);
       }
-    if constexpr (QUERY_TILE > 64) multiply_p_do(1);
-    multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at);   // dK += dSᵀ Q
+    if constexpr (AT_ONCE > 64) multiply_p_do(1);
+    multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
     if constexpr ((OPTIONS & BIAS_UNSHARED) != 0) {
       keep_here(lane);
       BiasGradient::write(problem, {problem, bias_gradient, block.sequence, block.first_key + key_row + lane / 4, first_query + lane % 4 * 2}, ds);
     }
-    wgmma_wait<1>();
+    wgmma_wait<Tiles::PARTS == 1>();   // dV is done; before the branch that parts need, dK too
     pin(dv);
+    if constexpr (Tiles::PARTS > 1) pin(dk);
+    if (part + 1 < Tiles::PARTS) return;
     arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
     do_ring.advance();
     fence_for_async_proxy();
@@ -251,7 +258,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     }
     q_ring.wait_full(base + Tiles::Q_FULL);
-    multiply_k_q();
+    multiply_k_q(0);
     barrier_wait(base + Tiles::V_FULL, 0);
     wgmma_wait<0>();
     pin(p[0]);
@@ -267,12 +274,19 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
-    for (int step = block.first_tile; step < block.last_tile; ++step) {
-      const int tile = block.template tile_at<IN_ORDER>(step);
+    for (int step = block.first_tile * Tiles::PARTS; step < block.last_tile * Tiles::PARTS; ++step) {
+      const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
-      gradients_of_keys(place, score, tile);
+      const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers
+      const bool more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
+      gradients_of_keys(place, score, tile, part);
+      if (part + 1 < Tiles::PARTS) {
+        multiply_k_q(part + 1);
+        wgmma_wait<0>();
+        pin(p[0]);
+        continue;
+      }
       QueryGradient dq;
       multiply_ds_k(dq, follows);
       wgmma_wait<1>();
@@ -280,7 +294,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
       q_ring.advance();
       if (more) q_ring.wait_full(base + Tiles::Q_FULL);
-      multiply_k_q();   // it runs while dQ is added
+      multiply_k_q(0);   // it runs while dQ is added
       wgmma_wait<1>();
       if (follows) add_dq(dq, dq_target);
       dq_target = dq_rows + (i64)tile * QUERY_TILE * HEAD_DIM;
@@ -296,8 +310,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     add_dq(dq, dq_target);
   }
 
-  const int row = key_row + lane / 4;
-  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
-  store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+  auto store = [&](const Block& block) {
+    const int row = key_row + lane / 4;
+    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
+    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+  };
+  if constexpr (Tiles::PARTS > 1) store(Block(problem, block_index_again()));   // registers are short
+  else store(block);
   if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
 }

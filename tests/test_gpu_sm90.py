@@ -1,5 +1,6 @@
 """On a Hopper GPU: the sm90 family's own ways, tile by tile, and that the sm80 family gives the same numbers where it stands in."""
 
+import itertools
 import logging
 
 import numpy
@@ -525,7 +526,44 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     own = tiles.backward_sm90(*dims, launch.options_of(make_problem(q, k, v, options)[0]) & ~tiles.SINKS)
     main = plan.main.main if isinstance(plan.main, launch.Masked) else plan.main
     assert (main.maps is not None) == (own is not None)
-    assert own is not None or name in ("softcap", "dropout")
+    assert own is not None or (name == "softcap" and max(dims) > 128)
+
+
+CHANGES = ("mask", "bias", "softcap", "alibi_slopes", "dropout")
+TOGETHER = [*itertools.combinations(CHANGES, 2), CHANGES]
+
+
+@pytest.mark.parametrize("which", [(), ("causal",), ("window", "kv_lengths", "q_lengths"), ("cu_seqlens",)], ids="-".join)
+@pytest.mark.parametrize("changes", TOGETHER, ids="-".join)
+@pytest.mark.parametrize("dims", [(64, 64), (40, 24), (128, 128), (72, 128)], ids=str)
+def test_changes_of_scores_together(arrays, dims, changes, which, no_plans, monkeypatch):
+    """A tile's parts, some beyond the queries and some that hidden keys leave nothing; blocks of two heads, and gradients in order."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, 2, 350, dims[0]), arrays.normal(2, 2, 350, dims[1])
+    options = {}
+    for name in (*changes, *which):
+        options |= option(name, arrays, (2,), 4, 300, 350)
+    check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, both=True, **options)
+    plans = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+    mains = [plan.main.main if isinstance(plan.main, launch.Masked) else plan.main for plan in plans]
+    assert len(mains) == 2
+    assert all(main.maps is not None for main in mains)
+
+
+@pytest.mark.parametrize("changes", [("softcap",), ("dropout",), ("mask", "dropout"), CHANGES], ids="-".join)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_thousand_backwards_in_order_are_equal(arrays, head_dim, changes, no_plans):
+    q, k, v = arrays.qkv(500, 500, head_dim, lead=(2, 8))
+    dout, options = arrays.normal(2, 8, 500, head_dim), {"deterministic": True, "causal": True}
+    for name in changes:
+        options |= option(name, arrays, (2,), 8, 500, 500)
+    out, lse = cuflash.attention_forward(q, k, v, **options)
+    first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+    differs = cupy.zeros((), bool)
+    for _ in range(1000):
+        for own, wanted in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), first):
+            differs |= (own != wanted).any()
+    assert not differs
 
 
 class TestGradientOfABias:

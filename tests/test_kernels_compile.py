@@ -129,6 +129,7 @@ NOT_ALONE = (tiles.BIAS_FLOAT32, tiles.STAGED_BIAS, tiles.LONG_SUMS, *BIAS_GRADI
 SM90_OPTIONS = (0, tiles.LONG_SUMS, WHICH_SCORES, *(own for own in tiles.OPTIONS if own not in NOT_ALONE))
 SM90_OPTIONS += (tiles.SPLIT_KEYS | tiles.LONG_SUMS, (tiles.SPLIT_KEYS | ALL_OPTIONS) & ~(tiles.PACKED | tiles.SINKS))
 SLOPED = tiles.ALIBI | tiles.BIAS | tiles.MASK  # with ALIBI in the products: most registers
+ALL_CHANGES = tiles.SOFTCAP | tiles.BIAS | tiles.MASK | tiles.ALIBI | tiles.DROPOUT
 STAGED_BIAS = (tiles.BIAS | tiles.STAGED_BIAS, (tiles.BIAS | tiles.STAGED_BIAS | WHICH_SCORES) & ~tiles.PACKED)
 
 
@@ -164,6 +165,8 @@ def test_backward_instances_of_sm90(precision, dims):
     if precision == "bfloat16":
         own_sets = (*SM90_OPTIONS, tiles.BIAS | tiles.BIAS_FLOAT32, tiles.SCALE_FIRST | tiles.LENGTHS)
         sets |= {own for own in own_sets if not own & (tiles.SINKS | tiles.LONG_SUMS | tiles.SPLIT_KEYS)}
+    if precision == "bfloat16" and dims in tiles.BACKWARD_SM90_WITH_OPTIONS:
+        sets |= {tiles.MASK | tiles.ALIBI, ALL_CHANGES, ALL_CHANGES & ~tiles.SOFTCAP | tiles.SCALE_FIRST}
     wider = sets | {own | which for own in sets}
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
@@ -177,6 +180,7 @@ def test_backward_instances_of_sm90_with_the_gradient_of_a_bias(dims):
     which = WHICH_SCORES & ~tiles.SINKS
     kinds = (0, tiles.BIAS_UNSHARED, tiles.BIAS_ONE_ROW, tiles.BIAS_ONE_COLUMN, tiles.BIAS_ONE_ROW | tiles.BIAS_ONE_COLUMN)
     sets = [BIAS_GRADIENT | kind for kind in kinds] + [BIAS_GRADIENT | which | kind for kind in kinds[:4]] + [BIAS_GRADIENT | tiles.BIAS_FLOAT32]
+    sets += [BIAS_GRADIENT | which | ALL_CHANGES & ~tiles.SOFTCAP | kind for kind in kinds]
     chosen = [(own, tiles.backward_sm90(*dims, own)) for own in sets]
     assert all(tile[1] == dims for _, tile in chosen)
     assert spills("backward_sm90.cu", [tile.name("bfloat16", dims, own, False) for own, (tile, _) in chosen], "sm_90a") == []
@@ -206,9 +210,8 @@ def test_sizes_of_sm90_backward_tiles_for_float32():
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
-def test_sizes_of_sm90_backward_tiles(dims, in_order):
-    tile = tiles.BACKWARD_SM90[dims]
+@pytest.mark.parametrize(("dims", "tile"), [*tiles.BACKWARD_SM90.items(), *tiles.BACKWARD_SM90_WITH_OPTIONS.items()], ids=str)
+def test_sizes_of_sm90_backward_tiles(dims, tile, in_order):
     more = (str(in_order).lower(),) if tile.kernel == "backward_sm90" else ()
     struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile), *more)))}>"
     sizes = {"SHARED_BYTES": tile.shared_bytes(dims, in_order), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}

@@ -165,6 +165,7 @@ class BackwardTile(_Tile):
 @dataclasses.dataclass(frozen=True)
 class BackwardSm90Tile(_Parameters):
     query_tile: int
+    at_once: int  # queries whose scores are in registers
     query_stages: int
     output_stages: int  # of dO
 
@@ -377,11 +378,13 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
 BACKWARD_SM90 = {
-    (64, 64): BackwardSm90Tile(128, 2, 2),
-    (128, 128): BackwardSm90Tile(64, 2, 2),
+    (64, 64): BackwardSm90Tile(128, 128, 2, 2),
+    (128, 128): BackwardSm90Tile(64, 64, 2, 2),
     (192, 192): BackwardWideSm90Tile(2, 2),
     (256, 256): BackwardWideSm90Tile(2, 2),
 }
+# For options that these leave too few registers: half as many scores at once. Not timed against others.
+BACKWARD_SM90_WITH_OPTIONS = {(64, 64): BackwardSm90Tile(128, 64, 2, 2), (128, 128): BackwardSm90Tile(64, 32, 2, 2)}
 # Float32 arrays in parts: the fastest of two to four each on an H200, 1,024 to 16,384 steps.
 BACKWARD_SM90_PARTS = {
     "float32": {(64, 64): BackwardPartsSm90Tile(3, 3, 4), (128, 128): BackwardPartsSm90Tile(2, 2, 2)},
@@ -562,7 +565,7 @@ def parts_pay(problem):
 def backward_sm90(head_dim, value_dim, options):
     """(tile, dims) of the sm90 family for a call, or None where the sm80 family has to take it."""
     dims = next((dims for dims in BACKWARD_SM90 if head_dim <= dims[0] and value_dim <= dims[1]), None)
-    # What leaves enough registers:
+    # What the first tile leaves enough registers:
     fits = _changes_of_scores(options) < 2 and not (options & SCALE_FIRST and options & BIAS)
     if options & SOFTCAP:
         fits = fits and dims == (128, 128)
@@ -570,9 +573,10 @@ def backward_sm90(head_dim, value_dim, options):
         fits = fits and dims != (64, 64)
     if options & (SOFTCAP | DROPOUT | BIAS_FLOAT32):
         fits = fits and not options & _WHICH_SCORES
-    if options & BIAS_GRADIENT:  # what its kernel makes on its way
-        fits = fits and dims in ((64, 64), (128, 128))
-    return (BACKWARD_SM90[dims], dims) if dims and fits else None
+    table = BACKWARD_SM90 if fits else BACKWARD_SM90_WITH_OPTIONS
+    if options & BIAS_GRADIENT and (dims not in BACKWARD_SM90_WITH_OPTIONS or _changes_of_scores(options) > 4):  # what its kernel makes on its way
+        return None
+    return (table[dims], dims) if dims in table else None
 
 
 def backward_parts(precision, head_dim, value_dim, options):

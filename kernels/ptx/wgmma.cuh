@@ -91,6 +91,7 @@ template <int PRECISION, int N> struct Wgmma;
     }                                                                                                                                                          \
   };
 #define CUFLASH_WGMMA_WIDTH(...) CUFLASH_WGMMA(FLOAT16, "f16", __VA_ARGS__) CUFLASH_WGMMA(BFLOAT16, "bf16", __VA_ARGS__)
+CUFLASH_WGMMA_WIDTH(32, 16, 17, 18, 19, 20, 21)
 CUFLASH_WGMMA_WIDTH(64, 32, 33, 34, 35, 36, 37)
 CUFLASH_WGMMA_WIDTH(80, 40, 41, 42, 43, 44, 45)
 CUFLASH_WGMMA_WIDTH(96, 48, 49, 50, 51, 52, 53)
