@@ -10,6 +10,8 @@ import sys
 
 import numpy
 
+from cuflash.philox import STEPS
+
 MAX_OFFSET = 2**62  # i + offset must not overflow int64 for any row or key,
 MAX_WINDOW = 2**61  # nor i + offset + right
 
@@ -267,7 +269,7 @@ def dropout(probability, seed, draw_seed):
             raise TypeError(f"seed is {seed!r} of type {type(seed).__qualname__}; allowed: an int, or None")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; allowed: 0 to 2**64 - 1")
-    if probability == 0 or kept_of_65536(probability) == 65536:
+    if probability == 0 or kept(probability) == STEPS:
         return 0.0, 0
     if seed is None:
         if not draw_seed:
@@ -278,9 +280,9 @@ def dropout(probability, seed, draw_seed):
     return float(probability), int(seed)
 
 
-def kept_of_65536(probability):
-    """Dropout in 16 bits: how many of 65536 weights are kept."""
-    return max(1, round((1 - float(probability)) * 65536))
+def kept(probability):
+    """Dropout in steps: how many of STEPS weights are kept."""
+    return max(1, round((1 - float(probability)) * STEPS))
 
 
 def integers_over_batch(name, value, batch, device):

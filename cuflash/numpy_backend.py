@@ -18,7 +18,7 @@ import threading
 
 import numpy
 
-from cuflash.philox import keep_mask
+from cuflash.philox import STEPS, keep_mask
 from cuflash.problem import allocate_like_order
 
 QUERY_TILE = 256
@@ -131,7 +131,7 @@ def _forward_tile(problem, piece, queries, k, v, rows, scratch):
         row_max = new_max
     result /= numpy.where(row_sum == 0, 1, row_sum)
     if problem.dropout:
-        result *= 65536 / problem.keep
+        result *= STEPS / problem.keep
     return result, numpy.where(row_sum == 0, -numpy.inf, row_max + numpy.log(row_sum))
 
 
@@ -160,7 +160,7 @@ def _backward_keys(problem, piece, q, k, v, dout, lse, delta, keys, height, scra
             if problem.dropout:
                 kept = piece.kept(rows, tile)
                 dscores *= kept
-                dscores *= 65536 / problem.keep
+                dscores *= STEPS / problem.keep
             dscores -= delta[:, at]
             dscores *= weights
             if problem.dropout:
@@ -177,7 +177,7 @@ def _backward_keys(problem, piece, q, k, v, dout, lse, delta, keys, height, scra
     dq *= problem.scale
     dk *= _scales(problem)[1]
     if problem.dropout:
-        dv *= 65536 / problem.keep
+        dv *= STEPS / problem.keep
     return seen_by, dq, dk, dv, dbias
 
 

@@ -50,7 +50,7 @@ scale : float, optional
         keys ``cu_k[m]`` to ``cu_k[m + 1]``. int32 arrays ``(n + 1,)`` or lists, from 0 to L and from 0 to S. offset, causal, window, alibi_slopes and
         dropout count from the sequence's start; mask, bias and lengths refer to the packed axes.
     dropout : float, default 0.0
-        Probability, 0 to below 1 (in steps of 1/65536), that a weight is set to 0 after the softmax; what is kept is scaled up to make up for it.
+        Probability, 0 to below 1 (in steps of 1/32768), that a weight is set to 0 after the softmax; what is kept is scaled up to make up for it.
     seed : int, optional
         Of dropout, 0 to 2**64 - 1: the same seed drops the same weights, on CPU and GPU, forward and backward. None: a new one for each call, which
         `attention_backward` cannot take.

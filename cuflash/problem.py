@@ -73,8 +73,8 @@ class Problem:
 
     @property
     def keep(self):
-        """Dropout in 16 bits: of 65536 weights this number is kept, and results are scaled by 65536 / keep."""
-        return arguments.kept_of_65536(self.dropout)
+        """Dropout in steps: of philox.STEPS weights this number is kept, and results are scaled by philox.STEPS / keep."""
+        return arguments.kept(self.dropout)
 
     @property
     def xp(self):

@@ -18,7 +18,7 @@ Source: Dao et al., "FlashAttention", 2022, arXiv:2205.14135, appendix B (the fo
 import numpy
 
 from cuflash.options import with_options
-from cuflash.philox import keep_mask
+from cuflash.philox import STEPS, keep_mask
 from cuflash.problem import make_problem, sums_dtype
 
 
@@ -158,7 +158,7 @@ def scores(problem, product, rounded):
 
 
 def kept(problem):
-    """The factor of dropout on each weight, 0 or 65536 / keep: a float64 array (..., heads, L, S); None without dropout."""
+    """The factor of dropout on each weight, 0 or STEPS / keep: a float64 array (..., heads, L, S); None without dropout."""
     if not problem.dropout:
         return None
     factor = numpy.zeros((*problem.batch, problem.heads, problem.query_length, problem.key_length))
@@ -168,7 +168,7 @@ def kept(problem):
     for place, where in enumerate(numpy.ndindex(factor.shape[:-2])):
         for sequence, (row, row_end, key, key_end) in enumerate(zip(row_edges, row_edges[1:], key_edges, key_edges[1:])):
             mask = keep_mask(problem.seed, problem.keep, place, sequence, range(row_end - row), range(key_end - key))
-            factor[where][row:row_end, key:key_end] = mask * (65536 / problem.keep)
+            factor[where][row:row_end, key:key_end] = mask * (STEPS / problem.keep)
     return problem.xp.asarray(factor)
 
 

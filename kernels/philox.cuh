@@ -4,13 +4,23 @@
 //
 // One call gives eight 16-bit fields, for 2 queries, 8 apart, and 4 keys, 8 apart: what one lane holds of a fragment of scores, and of a transposed one.
 // Query i and key j belong to the group (i / 16 * 8 + i % 8, j / 32 * 8 + j % 8) and take its field (i / 8 % 2) * 4 + j / 8 % 4; a field is half a word.
+//
+// Two fields are compared at once, as float16 numbers without their signs, whose order is that of their other 15 bits up to 31 * 2^10; above are NaN, which are
+// not below any number. So thresholds have to be lower, and are at most half of all: of fields to drop, or where fewer than half are kept, to keep.
 #pragma once
 #include "problem.cuh"
+
+// Of 64-bit factors whose high halves are 0 the compiler would still add what these give.
+__device__ __forceinline__ unsigned long long wide_product(u32 x, u32 y) {
+  unsigned long long product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
+  return product;
+}
 
 __device__ __forceinline__ void philox(u32 (&words)[4], u32 key_low, u32 key_high) {
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    const unsigned long long first = 0xD2511F53ull * words[0], second = 0xCD9E8D57ull * words[2];
+    const unsigned long long first = wide_product(0xD2511F53, words[0]), second = wide_product(0xCD9E8D57, words[2]);
     words[0] = (u32)(second >> 32) ^ words[1] ^ key_low;
     words[1] = (u32)second;
     words[2] = (u32)(first >> 32) ^ words[3] ^ key_high;
@@ -30,9 +40,15 @@ struct Dropout {
     w[0] = query_group, w[1] = key_group, w[2] = place, w[3] = sequence;
     philox(w, (u32)problem.seed, (u32)(problem.seed >> 32));
   }
-  // Whether the pair of a field is kept; `threshold` is keep << 16.
-  static __device__ __forceinline__ bool keeps(u32 word, bool high, u32 threshold) {
-    return (high ? word : word << 16) < threshold;   // the threshold's low half is 0
+  // Whether the pairs of a word's two fields are dropped.
+  static __device__ __forceinline__ void compare(const Problem& problem, u32 (&dropped)[2], u32 word) {
+    asm("{\n.reg .pred low, high, inverted;\n.reg .b32 numbers;\n"
+        "setp.ne.s32 inverted, %4, 0;\n"
+        "abs.f16x2 numbers, %2;\n"
+        "setp.lt.xor.f16x2 low|high, numbers, %3, inverted;\n"
+        "selp.u32 %0, 1, 0, low;\n"
+        "selp.u32 %1, 1, 0, high;\n}"
+        : "=r"(dropped[0]), "=r"(dropped[1]) : "r"(word), "r"(problem.field_threshold), "r"(problem.keeps_below));
   }
 
   // f(m, n, half, i) for every dropped element of a lane's fragments d[m][n][2 · half + i]. Rows are queries (or keys if TRANSPOSED), `row` and `column`
@@ -60,10 +76,12 @@ struct Dropout {
 #pragma unroll
             for (int a = 0; a < 2; ++a) {   // the query's half of 16
               const u32 word = ROWS_AT_ONCE * PAIRS_AT_ONCE == 2 ? w[a * 2 + more] : (second ? w[a * 2 + 1] : w[a * 2]);
+              u32 dropped[2];
+              compare(problem, dropped, word);
 #pragma unroll
               for (int b = 0; b < 2; ++b) {   // the key's
-                const bool kept = keeps(word, b, problem.keep_threshold), elsewhere = NARROW && (TRANSPOSED ? a : b) != column / 8 % 2;
-                if (!kept && !elsewhere) {
+                const bool elsewhere = NARROW && (TRANSPOSED ? a : b) != column / 8 % 2;
+                if (dropped[b] && !elsewhere) {
                   if constexpr (TRANSPOSED) f(m + more, NARROW ? 0 : pair * 2 + a, b, i);
                   else f(m, NARROW ? 0 : (pair + more) * 2 + b, a, i);
                 }

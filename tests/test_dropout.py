@@ -31,7 +31,8 @@ def kept_by_the_definition(seed, keep, place, sequence, i, j):
         c = [product1 >> 32 ^ c[1] ^ k0, product1 & 0xFFFFFFFF, product0 >> 32 ^ c[3] ^ k1, product0 & 0xFFFFFFFF]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     field = i // 8 % 2 * 4 + j // 8 % 4
-    return (c[field // 2] >> 16 * (field % 2) & 0xFFFF) < keep
+    number = c[field // 2] >> 16 * (field % 2) & 0x7FFF
+    return number < keep if keep < 16384 else number >= 32768 - keep
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1])
@@ -39,9 +40,10 @@ def kept_by_the_definition(seed, keep, place, sequence, i, j):
     ("place", "sequence", "rows", "columns"),
     [(0, 0, range(40), range(70)), (5, 3, range(7, 33), range(31, 97)), (2**31, 2**20, range(10**6 + 3, 10**6 + 20), range(2**31 - 9, 2**31 + 5))],
 )
-def test_keep_mask_is_the_definition(seed, place, sequence, rows, columns):
-    expected = [[kept_by_the_definition(seed, 40_000, place, sequence, i, j) for j in columns] for i in rows]
-    numpy.testing.assert_array_equal(philox.keep_mask(seed, 40_000, place, sequence, rows, columns), expected)
+@pytest.mark.parametrize("keep", [1, 10_000, 16_384, 30_000, 32_767])
+def test_keep_mask_is_the_definition(keep, seed, place, sequence, rows, columns):
+    expected = [[kept_by_the_definition(seed, keep, place, sequence, i, j) for j in columns] for i in rows]
+    numpy.testing.assert_array_equal(philox.keep_mask(seed, keep, place, sequence, rows, columns), expected)
 
 
 def whole_mask(seed, keep, lead, length, keys):
@@ -78,7 +80,7 @@ def seen_in_backward(arrays, lead, length, keys, head_dim, **options):
 @pytest.mark.parametrize(("length", "keys", "lead", "dropout"), [(150, 300, (2, 3), 0.3), (65, 33, (3,), 0.5), (300, 129, (), 0.9), (1, 1000, (1,), 0.1)])
 def test_the_mask_is_seen_bit_for_bit(every, head_dim, length, keys, lead, dropout):
     seed = int(every.rng.integers(2**64, dtype=numpy.uint64))
-    expected = whole_mask(seed, round((1 - dropout) * 65536), lead, length, keys)
+    expected = whole_mask(seed, round((1 - dropout) * philox.STEPS), lead, length, keys)
     options = {"dropout": dropout, "seed": seed}
     numpy.testing.assert_array_equal(seen_in_forward(every, lead, length, keys, head_dim, **options), expected)
     for deterministic in (False, True):
@@ -91,7 +93,7 @@ def test_the_place_of_a_head_counts_the_broadcast_batch(arrays):
     xp = arrays.xp
     q, k, v = xp.zeros((4, 20, 32), "f"), xp.zeros((3, 1, 2, 32, 32), "f"), xp.asarray(numpy.broadcast_to(numpy.eye(32, dtype="f"), (2, 1, 32, 32)))
     seen = to_numpy(cuflash.attention(q, k, v, dropout=0.4, seed=9)) != 0
-    numpy.testing.assert_array_equal(seen, whole_mask(9, round(0.6 * 65536), (3, 2, 4), 20, 32))
+    numpy.testing.assert_array_equal(seen, whole_mask(9, round(0.6 * philox.STEPS), (3, 2, 4), 20, 32))
 
 
 def test_packed_sequences_have_masks_of_their_own(arrays):
@@ -101,7 +103,7 @@ def test_packed_sequences_have_masks_of_their_own(arrays):
     expected = numpy.zeros((2, 75, 128), bool)
     for place, sequence in itertools.product(range(2), range(3)):
         rows, keys = slice(*cu_q[sequence : sequence + 2]), slice(*cu_k[sequence : sequence + 2])
-        own = philox.keep_mask(77, 32768, place, sequence, range(rows.stop - rows.start), range(keys.stop - keys.start))
+        own = philox.keep_mask(77, 16384, place, sequence, range(rows.stop - rows.start), range(keys.stop - keys.start))
         expected[place, rows, keys] = own
     numpy.testing.assert_array_equal(seen_in_forward(arrays, (2,), 75, 128, 64, **options), expected)
     numpy.testing.assert_array_equal(seen_in_backward(arrays, (2,), 75, 128, 64, **options), expected)
@@ -114,12 +116,12 @@ def test_far_rows_and_keys(arrays, length, keys):
     q, k, v = xp.zeros((length, 64), "f"), xp.zeros((keys, 64), "f"), xp.zeros((keys, 64), "f")
     v[-64:] = xp.eye(64, dtype="f")
     seen = to_numpy(cuflash.attention(q, k, v, dropout=0.5, seed=3)[-64:]) != 0
-    expected = philox.keep_mask(3, 32768, 0, 0, range(length - 64, length), range(keys - 64, keys))
+    expected = philox.keep_mask(3, 16384, 0, 0, range(length - 64, length), range(keys - 64, keys))
     numpy.testing.assert_array_equal(seen, expected)
 
 
 def test_options_that_hide_keys_do_not_move_the_mask(arrays):
-    expected = whole_mask(5, 32768, (2,), 100, 128)
+    expected = whole_mask(5, 16384, (2,), 100, 128)
     i, j = numpy.arange(100)[:, None], numpy.arange(128)
     for options, hidden in (({"window": (40, 3), "offset": 7}, (j < i + 7 - 40) | (j > i + 7 + 3)), ({"kv_lengths": 70}, (j >= 70) | (i < 0))):
         numpy.testing.assert_array_equal(seen_in_forward(arrays, (2,), 100, 128, 64, dropout=0.5, seed=5, **options), expected & ~hidden)
@@ -128,7 +130,7 @@ def test_options_that_hide_keys_do_not_move_the_mask(arrays):
 
 @pytest.mark.parametrize("dropout", [0.01, 0.5, 0.99, 0.999999])
 def test_by_the_criterion(every, dropout):
-    """Also where one weight of 65536 is kept."""
+    """Also where one weight of 32768 is kept."""
     q, k, v = every.qkv(130, 200, 40, lead=(2, 2))
     dlse = every.normal(2, 2, 130, dtype=every.lse_dtype)
     check_call(every.normal(*q.shape), q, k, v, dlse=dlse, dropout=dropout, seed=11, roundings=8, both=True, **every.options)
@@ -158,8 +160,8 @@ def test_mean_and_variance_over_seeds(arrays):
 
 def test_weights_are_kept_independently():
     """Share kept, and agreement with neighbours in rows, columns, heads, seeds and sequences, within 5 standard deviations."""
-    keep, shape = 45_000, (512, 512)
-    share = keep / 65536
+    keep, shape = 22_500, (512, 512)
+    share = keep / philox.STEPS
 
     def mask(seed=0, place=0, sequence=0):
         return philox.keep_mask(seed, keep, place, sequence, *map(range, shape))

@@ -146,7 +146,7 @@ def test_options_of_a_problem(arrays):
 
     cu = [0, 5, 5, 20], [0, 10, 10, 30]
     problem, *_ = make_problem(q, k, v, {"cu_seqlens": cu, "dropout": 0.25, "seed": 2**64 - 1})
-    assert (problem.sequences, problem.offset, problem.keep, problem.seed) == (3, None, 49152, 2**64 - 1)
+    assert (problem.sequences, problem.offset, problem.keep, problem.seed) == (3, None, 24576, 2**64 - 1)
     assert [(array.dtype, array.tolist()) for array in (problem.cu_q, problem.cu_k)] == [(numpy.int32, list(own)) for own in cu]
 
 

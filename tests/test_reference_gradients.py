@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from cuflash import reference
-from cuflash.philox import keep_mask
+from cuflash.philox import STEPS, keep_mask
 
 STEP = 1e-6
 GRADIENTS = ("bias", "sinks")  # options that have one, in this order
@@ -142,7 +142,7 @@ def test_every_option_spelled_out(seed, sinks):
     mask, bias, slopes, sink = rng.random((6, 9)) < 0.8, rng.standard_normal((2, 6, 9)), rng.random((2, 2)), rng.standard_normal(2)
     common = {"scale": 0.8, "softcap": 1.3, "alibi_slopes": slopes, "mask": mask, "bias": bias, "window": (3, 2), "dropout": 0.3, "seed": 4}
     common |= {"sinks": sink} if sinks else {}
-    keep = round(0.7 * 65536)
+    keep = round(0.7 * STEPS)
     cases = (
         ({"q_lengths": [5, 6], "kv_lengths": [7, 3]}, [[0, 6], [0, 6]], [[0, 9], [0, 9]], [5, 6], [7, 3], [[2], [-3]]),
         ({"offset": [1, -1]}, [[0, 6], [0, 6]], [[0, 9], [0, 9]], [6, 6], [9, 9], [[1], [-1]]),
@@ -155,7 +155,7 @@ def test_every_option_spelled_out(seed, sinks):
         for entry, head in numpy.ndindex(2, 2):
             for index, offset in enumerate(offsets[entry]):
                 (row, row_stop), (key, key_stop) = cu_q[entry][index : index + 2], cu_k[entry][index : index + 2]
-                share = keep_mask(4, keep, 2 * entry + head, index, range(row_stop - row), range(key_stop - key)) * (65536 / keep)
+                share = keep_mask(4, keep, 2 * entry + head, index, range(row_stop - row), range(key_stop - key)) * (STEPS / keep)
                 rows, keys = slice(row, row_stop), slice(key, key_stop)
                 own = {"scale": 0.8, "softcap": 1.3, "left": 3, "right": 2, "slope": slopes[entry, head], "sink": sink[head] if sinks else None}
                 own |= {"bias": bias[head, rows, keys], "mask": mask[rows, keys], "offset": offset, "share": share}

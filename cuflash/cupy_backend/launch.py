@@ -15,6 +15,7 @@ import cupy
 import numpy
 
 from cuflash.cupy_backend import modules, tensormap, tiles
+from cuflash.philox import STEPS
 
 log = logging.getLogger("cuflash")
 
@@ -35,7 +36,7 @@ LAYOUT = numpy.dtype(
     + [("offset", "i8"), ("split_stride", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
-    + [("keep_threshold", "u4")]
+    + [("field_threshold", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("float64", FACTORS)],
     align=True,
@@ -161,11 +162,12 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "right": NO_BOUND if problem.right is None else problem.right,
         "bounded": problem.right is not None or problem.left is not None,
         "last_first": last_first(problem),
-        "keep_threshold": problem.keep % 65536 << 16,
     }
+    if problem.dropout:
+        values |= {"field_threshold": min(problem.keep, STEPS - problem.keep) * 0x10001, "keeps_below": problem.keep < STEPS // 2}
     most = float(_range_of_sums(problem).max) / 2  # kernels take it twice
     factors = {
-        "keep_inverse": 65536 / problem.keep,
+        "keep_inverse": STEPS / problem.keep,
         "scale": problem.scale,
         "score_unit": unit,
         "inverse_unit": 1 / unit,
