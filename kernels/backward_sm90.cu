@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
     const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
     int lane = threadIdx.x % 32;
-    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(lane);
+    if constexpr ((OPTIONS & (DROPOUT | BIAS_GRADIENT)) != 0) keep_here(lane);   // registers are short
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
     const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;

@@ -36,9 +36,9 @@ struct Dropout {
   static __device__ __forceinline__ u32 key_group(u32 key) { return key / 32 * 8 + key % 8; }
 
   // The four words of a group.
-  __device__ __forceinline__ void words(const Problem& problem, u32 (&w)[4], u32 query_group, u32 key_group) const {
+  __device__ __forceinline__ void words(u32 key_low, u32 key_high, u32 (&w)[4], u32 query_group, u32 key_group) const {
     w[0] = query_group, w[1] = key_group, w[2] = place, w[3] = sequence;
-    philox(w, (u32)problem.seed, (u32)(problem.seed >> 32));
+    philox(w, key_low, key_high);
   }
   // Whether the pairs of a word's two fields are dropped.
   static __device__ __forceinline__ void compare(const Problem& problem, u32 (&dropped)[2], u32 word) {
@@ -57,6 +57,8 @@ struct Dropout {
   __device__ __forceinline__ void drop(const Problem& problem, int row, int column, Drop f) const {
     // 16 x 16 elements at a time take two words of a call; where the 32 keys of a group lie in one fragment, its next 16 take the two others.
     keep_here(row), keep_here(column);
+    u32 key_low = (u32)problem.seed, key_high = (u32)(problem.seed >> 32);
+    keep_here(key_low), keep_here(key_high);   // keys of rounds are made anew for each tile
     const u32 first_query_group = query_group(TRANSPOSED ? column : row), first_key_group = key_group(TRANSPOSED ? row : column);
     constexpr int ROWS_AT_ONCE = TRANSPOSED && ROW_TILES % 2 == 0 ? 2 : 1, PAIRS_AT_ONCE = !TRANSPOSED && COLUMNS % 32 == 0 ? 2 : 1;
     constexpr bool NARROW = COLUMNS == 8;   // half of the 16 x 16 elements are those of another fragment
@@ -69,7 +71,7 @@ struct Dropout {
         for (int i = 0; i < 2; ++i) {
           const int key_step = (TRANSPOSED ? m : pair) * 16, query_step = (TRANSPOSED ? pair : m) * 16, key = (TRANSPOSED ? row : column) + key_step;
           u32 w[4];   // 16 queries on, the group is 8 on; so it is 32 keys on
-          words(problem, w, first_query_group + query_step / 2 + (TRANSPOSED ? i : 0), (key_step % 32 == 0 ? first_key_group + key_step / 4 : key_group(key)) + (TRANSPOSED ? 0 : i));
+          words(key_low, key_high, w, first_query_group + query_step / 2 + (TRANSPOSED ? i : 0), (key_step % 32 == 0 ? first_key_group + key_step / 4 : key_group(key)) + (TRANSPOSED ? 0 : i));
           const bool second = key / 16 % 2;
 #pragma unroll
           for (int more = 0; more < ROWS_AT_ONCE * PAIRS_AT_ONCE; ++more)
