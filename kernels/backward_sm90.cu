@@ -182,12 +182,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       for (int half = 0; half < 2; ++half) {
         float x[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float weight = p[0][n][2 * half + i];
-          if constexpr ((OPTIONS & SOFTCAP) != 0) weight *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
-          x[i] = gradient_of_score<OPTIONS>(problem, weight, dp[n][2 * half + i], __uint_as_float(d[n][i]));
-        }
+        for (int i = 0; i < 2; ++i) x[i] = gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
         if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
+        if constexpr ((OPTIONS & SOFTCAP) != 0) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) x[i] *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
+        }
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
         store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (n % 8 << 4 ^ swizzle) + lane % 4 * 4, word);

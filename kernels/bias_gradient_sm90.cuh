@@ -2,7 +2,7 @@
 // warp gives away its 16 keys of a tile of dSᵀ, in float32, as it makes them; rows of its fragments are keys, columns are queries.
 //
 //   a bias           (.., queries, keys) each number is added to its place at once; with BIAS_UNSHARED, where nobody else has one for it, it is written, as it was rounded
-//                                        for products: so the bias has to be of the arrays' type
+//                                        for products: so the bias has to be of the arrays' type, and scores without a softcap, which comes before the bias
 //   BIAS_ONE_ROW     (.., 1, keys)       summed over a head's queries in registers, and then added, one number a key
 //   BIAS_ONE_COLUMN  (.., queries, 1)    summed over the warp's keys, and then added, one number a query and tile
 //   both             (.., 1, 1)          summed over a head's queries and the warp's keys, and then added
@@ -17,7 +17,7 @@
 template <int PRECISION, int OPTIONS> struct BiasGradient {
   static constexpr bool ONE_ROW = (OPTIONS & BIAS_ONE_ROW) != 0, ONE_COLUMN = (OPTIONS & BIAS_ONE_COLUMN) != 0, UNSHARED = (OPTIONS & BIAS_UNSHARED) != 0;
   static constexpr bool SELECTS = (OPTIONS & (PACKED | LENGTHS)) != 0;   // else what takes no part has its place in dBias to itself, or is 0
-  static_assert(!UNSHARED || !(ONE_ROW || ONE_COLUMN || OPTIONS & BIAS_FLOAT32), "numbers are written as they are");
+  static_assert(!UNSHARED || !(ONE_ROW || ONE_COLUMN || OPTIONS & (BIAS_FLOAT32 | SOFTCAP)), "numbers are written as they are");
   using Element = typename ElementOf<UNSHARED ? PRECISION : (int)FLOAT32>::type;
 
   u32 first_at;        // in shared memory: the warp's place for where the head's dBias begins, or that of its sequence

@@ -266,7 +266,7 @@ def bias_gradient_options(problem):
         options |= tiles.BIAS_ONE_ROW
     if columns == 1:
         options |= tiles.BIAS_ONE_COLUMN
-    if rows > 1 and columns > 1 and math.prod(lead) == math.prod(problem.lead) and problem.bias.dtype == problem.dtype:
+    if rows > 1 and columns > 1 and math.prod(lead) == math.prod(problem.lead) and problem.bias.dtype == problem.dtype and not problem.softcap:
         options |= tiles.BIAS_UNSHARED
     return options
 
