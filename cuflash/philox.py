@@ -1,9 +1,9 @@
 """Which weights dropout keeps: a counter-based generator, so that the answer depends on the seed and the place of a weight only.
 
-Philox4x32 with 7 rounds gives eight 16-bit fields for each counter; one counter serves eight weights, laid out as the registers of tensor-core
-fragments are (rows i and i + 8; columns j, j + 8, j + 16 and j + 24). Of the numbers below STEPS that fields are without their highest bit, the smallest
-are dropped, or where fewer than half of all are kept, these: GPUs compare such fields as float16 numbers without their signs, two at once, and above half of
-STEPS some are NaN. kernels/philox.cuh computes the same.
+Philox4x32 with 7 rounds gives sixteen bytes for each counter; one counter serves sixteen weights, laid out as the registers of tensor-core fragments
+are: rows i, i + 1, i + 8 and i + 9, and such columns. A byte without its highest bit gives the 7 high bits of a number below STEPS. The smallest numbers are
+dropped, or where fewer than half of all are kept, kept. Where the 7 high bits are those of the threshold, a byte of the generator's state before its last
+round decides, one for all sixteen, of which each of theirs is independent: so the share that is kept is exact. kernels/philox.cuh computes the same.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -11,7 +11,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 import numpy
 
 ROUNDS = 7  # the fewest that pass the statistical tests of the paper (section 5, TestU01)
-STEPS = 2**15  # that a probability is rounded to: of a field all bits but the sign count
+STEPS = 2**15  # that a probability is rounded to
 _M0, _M1 = numpy.uint64(0xD2511F53), numpy.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _HALF = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
@@ -63,17 +63,22 @@ def keep_mask(seed, keep, place, sequence, rows, columns):
     -------
     array of bool, shape ``(len(rows), len(columns))``
     """
-    # Row i = 16 a + 8 half + r is in row group 8 a + r, column j = 32 b + 8 quarter + c in column group 8 b + c; all fields of a group are made at once.
+    # Row i = 16 a + 8 half + 2 r + odd is in row group 4 a + r, and so are columns; all bytes of a group are made at once.
     row_blocks = range(rows.start // 16, -(-rows.stop // 16))
-    column_blocks = range(columns.start // 32, -(-columns.stop // 32))
-    row_groups = numpy.arange(8 * row_blocks.start, 8 * row_blocks.stop, dtype=numpy.uint64)[:, None]
-    column_groups = numpy.arange(8 * column_blocks.start, 8 * column_blocks.stop, dtype=numpy.uint64)
-    words = philox((row_groups, column_groups, numpy.uint64(place), numpy.uint64(sequence)), (seed & 0xFFFFFFFF, seed >> 32))
-    kept = numpy.empty((len(row_blocks), 2, 8, len(column_blocks), 4, 8), bool)
-    for field in range(8):
-        number = (words[field // 2] >> numpy.uint64(16 * (field % 2))) & numpy.uint64(STEPS - 1)
-        own = number < keep if keep < STEPS // 2 else number >= STEPS - keep
-        kept[:, field // 4, :, :, field % 4] = own.reshape(len(row_blocks), 8, len(column_blocks), 8)
-    kept = kept.reshape(16 * len(row_blocks), 32 * len(column_blocks))
-    first_row, first_column = rows.start - 16 * row_blocks.start, columns.start - 32 * column_blocks.start
+    column_blocks = range(columns.start // 16, -(-columns.stop // 16))
+    row_groups = numpy.arange(4 * row_blocks.start, 4 * row_blocks.stop, dtype=numpy.uint64)[:, None]
+    column_groups = numpy.arange(4 * column_blocks.start, 4 * column_blocks.stop, dtype=numpy.uint64)
+    key = seed & 0xFFFFFFFF, seed >> 32
+    before = philox((row_groups, column_groups, numpy.uint64(place), numpy.uint64(sequence)), key, ROUNDS - 1)
+    words = philox(before, ((key[0] + (ROUNDS - 1) * _W0) & 0xFFFFFFFF, (key[1] + (ROUNDS - 1) * _W1) & 0xFFFFFFFF), 1)
+    fewer = min(keep, STEPS - keep)
+    spare = ((before[1] + before[3]) & _LOW) >> numpy.uint64(24)
+    threshold = (numpy.uint64(fewer) + spare) >> numpy.uint64(8)  # of the 7 high bits
+    kept = numpy.empty((len(row_blocks), 2, 4, 2, len(column_blocks), 2, 4, 2), bool)
+    for half, odd, column_half, column_odd in numpy.ndindex(2, 2, 2, 2):
+        number = words[2 * odd + half] >> numpy.uint64(8 * (2 * column_odd + 1 - column_half)) & numpy.uint64(0x7F)
+        own = (number < threshold) == (keep < STEPS // 2)
+        kept[:, half, :, odd, :, column_half, :, column_odd] = own.reshape(len(row_blocks), 4, len(column_blocks), 4)
+    kept = kept.reshape(16 * len(row_blocks), 16 * len(column_blocks))
+    first_row, first_column = rows.start - 16 * row_blocks.start, columns.start - 16 * column_blocks.start
     return kept[first_row : first_row + len(rows), first_column : first_column + len(columns)]

@@ -208,10 +208,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   };
   auto drop = [&](const Tile& tile, int n) {
     if constexpr ((OPTIONS & DROPOUT) != 0)
-      Dropout{tile.block.schedule.place, (u32)tile.block.sequence.index}.template drop<false, 1, KEY_TILE>(
-          problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2, [&](int, int n, int half, int i) {
-            p[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u;
-            if constexpr (PARTS == 2) p_low[n / 2][n % 2 * 2 + half] &= i ? 0x0000ffffu : 0xffff0000u;
+      Dropout{tile.block.schedule.place, (u32)tile.block.sequence.index}.template keep_halves<KEY_TILE>(
+          problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2, [&](int n, int half, u32 mask) {
+            p[n / 2][n % 2 * 2 + half] &= mask;
+            if constexpr (PARTS == 2) p_low[n / 2][n % 2 * 2 + half] &= mask;
           });
   };
 

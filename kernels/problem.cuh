@@ -60,8 +60,8 @@ struct Problem {
   int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
   int batches_together;         // STAGED_BIAS in forward_sm90, BIAS_GRADIENT: how many batch entries share a bias, if their tiles should follow each other
-  u32 field_threshold;          // dropout: in both halves of the word, how many of 32768 fields are dropped, or kept, whichever are fewer
-  int keeps_below;              // dropout: whether fields below it are those that are kept
+  u32 thresholds;               // dropout, in both halves of the word: how many of 32768 weights are dropped, or kept, whichever are fewer
+  int keeps_below;              // dropout: whether those below the threshold are kept
   float keep_inverse;           // 1 / that probability
   float scale;
   float score_unit;             // what scores are multiples of (score.cuh)

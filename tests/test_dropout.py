@@ -24,15 +24,17 @@ def test_known_answers_of_the_generator():
 
 def kept_by_the_definition(seed, keep, place, sequence, i, j):
     """One weight, with Python's own integers."""
-    c = [i // 16 * 8 + i % 8, j // 32 * 8 + j % 8, place, sequence]
+    c = [i // 16 * 4 + i % 8 // 2, j // 16 * 4 + j % 8 // 2, place, sequence]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(7):
+        spare = (c[1] + c[3] & 0xFFFFFFFF) >> 24
         product0, product1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [product1 >> 32 ^ c[1] ^ k0, product1 & 0xFFFFFFFF, product0 >> 32 ^ c[3] ^ k1, product0 & 0xFFFFFFFF]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    field = i // 8 % 2 * 4 + j // 8 % 4
-    number = c[field // 2] >> 16 * (field % 2) & 0x7FFF
-    return number < keep if keep < 16384 else number >= 32768 - keep
+    number = c[i % 2 * 2 + i // 8 % 2] >> 8 * (j % 2 * 2 + 1 - j // 8 % 2) & 0x7F
+    fewer = min(keep, 32768 - keep)
+    below = number < fewer // 256 or (number == fewer // 256 and fewer % 256 + spare >= 256)
+    return below == (keep < 16384)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 + 12345, 2**64 - 1])
@@ -177,6 +179,17 @@ def test_weights_are_kept_independently():
     for lag in (1, 2, 4, 8, 16, 32, 64):
         check(own[lag:] == own[:-lag], agreement)
         check(own[:, lag:] == own[:, :-lag], agreement)
+
+
+@pytest.mark.parametrize("keep", [300, 16_000, 29_491, 32_700])
+def test_the_share_that_is_kept_is_exact(keep):
+    """Over seeds, by its mean and its variance: weights that share a call of the generator also share how their threshold is rounded."""
+    share, rounded = keep / 32768, min(keep, 32768 - keep) % 256 / 256
+    correlation = rounded * (1 - rounded) / 128**2 / (share * (1 - share))
+    deviation = (share * (1 - share) * (1 + 15 * correlation) / 512**2) ** 0.5
+    z = [(philox.keep_mask(seed, keep, 3, 0, range(512), range(512)).mean() - share) / deviation for seed in range(60)]
+    assert abs(numpy.mean(z)) < 5 / 60**0.5
+    assert 0.7 < numpy.std(z) < 1.4
 
 
 def test_the_seed_decides(arrays):

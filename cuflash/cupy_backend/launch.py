@@ -36,7 +36,7 @@ LAYOUT = numpy.dtype(
     + [("offset", "i8"), ("split_stride", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
-    + [("field_threshold", "u4"), ("keeps_below", "i4")]
+    + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("float64", FACTORS)],
     align=True,
@@ -164,7 +164,7 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         "last_first": last_first(problem),
     }
     if problem.dropout:
-        values |= {"field_threshold": min(problem.keep, STEPS - problem.keep) * 0x10001, "keeps_below": problem.keep < STEPS // 2}
+        values |= {"thresholds": min(problem.keep, STEPS - problem.keep) * 0x10001, "keeps_below": problem.keep < STEPS // 2}
     most = float(_range_of_sums(problem).max) / 2  # kernels take it twice
     factors = {
         "keep_inverse": STEPS / problem.keep,
