@@ -149,6 +149,19 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   auto read_mask = [&](const Tile& tile, int n) {   // before a wait too
     if constexpr ((OPTIONS & MASK) != 0) mask = tile.score.template mask_bits<false, 1, KEY_TILE>(problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
   };
+  u32 bias[OPTIONS & STAGED_BIAS ? KEY_TILE / 8 : 1][2];   // of the tile at hand, two neighbours in a word
+  auto read_bias = [&] {   // and this one
+    if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
+      bias_ring.wait_full(base + Tiles::BIAS_FULL);
+      const bool one_row = problem.bias.row_stride == 0;
+      const u32 swizzle = one_row ? 0 : lane / 4 << 4, eight_rows = one_row ? 0 : 8 * 128, rows_at = one_row ? 0 : warp_row / 64 * Tiles::BIAS_BOXES * Tiles::BIAS_BOX + (warp_row % 64 + lane / 4) * 128;
+      const u32 bias_at = base + Tiles::BIAS_AT + bias_ring.stage * Tiles::BIAS_BYTES + rows_at + lane % 4 * 4;
+#pragma unroll
+      for (int n = 0; n < KEY_TILE / 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) bias[n][half] = load_shared(bias_at + half * eight_rows + n / 8 * Tiles::BIAS_BOX + ((n % 8 << 4) ^ swizzle));
+    }
+  };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, const Slope& slope, int n, Side side) {
     const int row = tile.block.first_query + warp_row + lane / 4, column = n * KEY_TILE + lane % 4 * 2;
     if constexpr (PARTS != 0) {
@@ -163,20 +176,11 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
     if constexpr (SLOPED) slope.of_rows(softmax.base, n, side);
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
-      bias_ring.wait_full(base + Tiles::BIAS_FULL);
-      const bool one_row = problem.bias.row_stride == 0;
-      const u32 swizzle = one_row ? 0 : lane / 4 << 4, bias_at = base + Tiles::BIAS_AT + bias_ring.stage * Tiles::BIAS_BYTES + (one_row ? 0 : warp_row / 64 * Tiles::BIAS_BOXES * Tiles::BIAS_BOX + (warp_row % 64 + lane / 4) * 128);
-      const int eight_rows = one_row ? 0 : 8 * 128;
       auto add_bias = [&](int, int) {
 #pragma unroll
         for (int n = 0; n < KEY_TILE / 8; ++n)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float x[2];
-            load_shared_pair<Element>(x, bias_at + half * eight_rows + n / 8 * Tiles::BIAS_BOX + ((n % 8 << 4) ^ swizzle) + lane % 4 * 4);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) scores[0][n][2 * half + i] = fmaf(x[i], problem.inverse_unit, scores[0][n][2 * half + i]);
-          }
+          for (int i = 0; i < 4; ++i) scores[0][n][i] = fmaf(to_float(Element{(u16)(bias[n][i / 2] >> i % 2 * 16)}), problem.inverse_unit, scores[0][n][i]);
       };
       tile.score.template apply<false, 1, KEY_TILE>(problem, scores, row, column, add_bias, nullptr, SLOPED && side != CROSSING, &mask);
     } else if constexpr (Score<PRECISION, OPTIONS>::CHANGES) {
@@ -293,6 +297,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       wait_v(tile, at);
       read_score_factor(k_read);
       read_mask(tile, at);
+      read_bias();
       wgmma_wait<0>();
       pin(scores[0]);
       arrive(Tiles::K_EMPTY + 8 * k_read);
@@ -314,6 +319,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         v_ring.advance();
         read_score_factor(k_read);
         read_mask(tile, at);
+        read_bias();
         wgmma_wait<1>();
         pin(scores[0]);
         arrive(Tiles::K_EMPTY + 8 * k_read);
