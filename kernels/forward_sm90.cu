@@ -149,17 +149,15 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   auto read_mask = [&](const Tile& tile, int n) {   // before a wait too
     if constexpr ((OPTIONS & MASK) != 0) mask = tile.score.template mask_bits<false, 1, KEY_TILE>(problem, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
   };
-  u32 bias[OPTIONS & STAGED_BIAS ? KEY_TILE / 8 : 1][2];   // of the tile at hand, two neighbours in a word
+  u32 bias[OPTIONS & STAGED_BIAS ? KEY_TILE / 8 : 2][2];   // of the tile at hand, two neighbours in a word
   auto read_bias = [&] {   // and this one
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
       bias_ring.wait_full(base + Tiles::BIAS_FULL);
-      const bool one_row = problem.bias.row_stride == 0;
-      const u32 swizzle = one_row ? 0 : lane / 4 << 4, eight_rows = one_row ? 0 : 8 * 128, rows_at = one_row ? 0 : warp_row / 64 * Tiles::BIAS_BOXES * Tiles::BIAS_BOX + (warp_row % 64 + lane / 4) * 128;
-      const u32 bias_at = base + Tiles::BIAS_AT + bias_ring.stage * Tiles::BIAS_BYTES + rows_at + lane % 4 * 4;
+      // A lane's address is that of a row of 16 bytes: lanes 0 to 15 have the warp's rows of chunk n, the others those of the next one.
+      const u32 stage_at = base + Tiles::BIAS_AT + bias_ring.stage * Tiles::BIAS_BYTES, row_at = warp_row / 64 * Tiles::BIAS_BOXES * Tiles::BIAS_BOX + (warp_row % 64 + lane % 16) * 128;
+      const u32 bias_at = stage_at + (problem.bias.row_stride == 0 ? lane / 16 << 4 : row_at + ((lane / 16 ^ lane % 8) << 4));
 #pragma unroll
-      for (int n = 0; n < KEY_TILE / 8; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) bias[n][half] = load_shared(bias_at + half * eight_rows + n / 8 * Tiles::BIAS_BOX + ((n % 8 << 4) ^ swizzle));
+      for (int n = 0; n < KEY_TILE / 8; n += 2) ldmatrix(*(u32(*)[4])bias[n], (bias_at ^ n % 8 << 4) + n / 8 * Tiles::BIAS_BOX);
     }
   };
   auto score_tile = [&](const Tile& tile, const KeyTiles<OPTIONS, KEY_TILE>& keys, const Slope& slope, int n, Side side) {
