@@ -4,7 +4,7 @@
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
 //   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums
 //
-// Eight lanes share a row; a block of 256 threads takes ROWS rows, or 32, and reads 16 bytes a lane where the rows allow it.
+// Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
 #include "parts_words.cuh"
 
@@ -23,73 +23,56 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
-template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> __global__ void __launch_bounds__(256, 2) backward_prepare(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   using Real = ::Real<PRECISION>;
-  constexpr int PER_CHUNK = 16 / (int)sizeof(Element), STEP = 256 / LANES, OWN = ROWS / STEP;   // rows of a lane, STEP apart: what it reads of them is under way together
-  const RowBlock<OPTIONS, ROWS> block(problem);
+  constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
+  const RowBlock<OPTIONS> block(problem);
   const Place& place = block.place;
-  const int first_row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES, seeing = block.sequence.seeing();
-  const i64 first_array_row = block.sequence.first_query + first_row;
-  auto exists = [&](int own) { return first_row + own * STEP >= 0 && first_row + own * STEP < block.sequence.queries; };
-  auto takes_part = [&](int own) { return exists(own) && first_row + own * STEP < seeing; };
+  const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  const bool exists = row >= 0 && row < block.sequence.queries, takes_part = exists && row < block.sequence.seeing();
+  const i64 array_row = block.sequence.first_query + row;
 
   // Nobody waits for what is written here, and what is read is there when it is needed.
   const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if constexpr (ZERO_DQ_SUM) {
     uint4* dq_sum = (uint4*)(reals<Real>(problem.dq_sum) + first * HEAD_DIM);
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
   }
-  Real lse[OWN], dlse[OWN], sum[OWN] = {};
-#pragma unroll
-  for (int own = 0; own < OWN; ++own) {
-    lse[own] = -infinity(), dlse[own] = 0;
-    if (lane == 0 && exists(own)) {
-      lse[own] = place.rows<Real>(problem.lse)[(first_array_row + own * STEP) * problem.lse.row_stride];
-      if (problem.dlse.data) dlse[own] = place.rows<Real>(problem.dlse)[(first_array_row + own * STEP) * problem.dlse.row_stride];
-    }
+  Real lse = -infinity(), dlse = 0;
+  if (lane == 0 && exists) {
+    lse = place.rows<Real>(problem.lse)[array_row * problem.lse.row_stride];
+    if (problem.dlse.data) dlse = place.rows<Real>(problem.dlse)[array_row * problem.dlse.row_stride];
   }
 
-  const i64 o_stride = problem.out.row_stride, dout_stride = problem.dout.row_stride;
-  const Element* o = place.rows<Element>(problem.out) + first_array_row * o_stride;
-  const Element* dout = place.rows<Element>(problem.dout) + first_array_row * dout_stride;
-  if (whole_chunks(o, o_stride, problem.out.columns) && whole_chunks(dout, dout_stride, problem.dout.columns)) {
-#pragma unroll 1
-    for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
-      __align__(16) Element x[OWN][PER_CHUNK], y[OWN][PER_CHUNK];
+  Real sum = 0;
+  if (takes_part) {
+    const Element* o = place.rows<Element>(problem.out) + array_row * problem.out.row_stride;
+    const Element* dout = place.rows<Element>(problem.dout) + array_row * problem.dout.row_stride;
+    if (whole_chunks(o, problem.out.row_stride, problem.out.columns) && whole_chunks(dout, problem.dout.row_stride, problem.dout.columns)) {
+      for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
+        __align__(16) Element x[PER_CHUNK], y[PER_CHUNK];
+        *(uint4*)x = *(const uint4*)(o + column);
+        *(uint4*)y = *(const uint4*)(dout + column);
 #pragma unroll
-      for (int own = 0; own < OWN; ++own) {
-        if (takes_part(own)) {
-          *(uint4*)x[own] = *(const uint4*)(o + own * STEP * o_stride + column);
-          *(uint4*)y[own] = *(const uint4*)(dout + own * STEP * dout_stride + column);
-        }
+        for (int i = 0; i < PER_CHUNK; ++i) sum += to_real(x[i]) * to_real(y[i]);
       }
-#pragma unroll
-      for (int own = 0; own < OWN; ++own)
-        if (takes_part(own))
-#pragma unroll
-          for (int i = 0; i < PER_CHUNK; ++i) sum[own] += to_real(x[own][i]) * to_real(y[own][i]);
+    } else {
+      for (int column = lane; column < problem.out.columns; column += LANES) sum += to_real(o[column]) * to_real(dout[column]);
     }
-  } else {
-#pragma unroll
-    for (int own = 0; own < OWN; ++own)
-      if (takes_part(own))
-        for (int column = lane; column < problem.out.columns; column += LANES) sum[own] += to_real(o[own * STEP * o_stride + column]) * to_real(dout[own * STEP * dout_stride + column]);
   }
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
-#pragma unroll
-  for (int own = 0; own < OWN; ++own) {
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) sum[own] += __shfl_xor_sync(0xffffffff, sum[own], step);
-    if (lane > 0) continue;
-    const i64 at = first + own * STEP + threadIdx.x / LANES;
-    const bool finite = lse[own] != -infinity(), sees = finite && takes_part(own);   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
-    if (finite) sum[own] -= dlse[own];
-    reals<Real>(problem.row_lse)[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse[own]) : Real(infinity());
-    reals<Real>(problem.row_d)[at] = sees ? sum[own] : 0;
+  if (lane == 0) {
+    const i64 at = first + threadIdx.x / LANES;
+    const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
+    if (finite) sum -= dlse;
+    reals<Real>(problem.row_lse)[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : Real(infinity());
+    reals<Real>(problem.row_d)[at] = sees ? sum : 0;
     if (ZERO_DQ_SUM && problem.row_turn && at != OFFSETS_DESCEND) problem.row_turn[at] = 0;
-    if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse[own]) * sum[own] : 0;
+    if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
   }
   // Key blocks wait for each other as sequences that follow each other do. With offsets that do not, whoever is waited for may not exist.
   if constexpr (ZERO_DQ_SUM && PRECISION != FLOAT64) {   // of that none take turns

@@ -261,8 +261,7 @@ def test_row_kernels(architecture, precision):
     kind = tiles.PRECISIONS[precision]
     head_dims = sorted({head_dim for head_dim, _ in tiles.head_dims_of(precision)})
     rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
-    each = itertools.product(head_dims, rows, (False, True), (32, 128))
-    names = [tiles.backward_prepare(precision, head_dim, options, zero, padding)[0] for head_dim, options, zero, padding in each]
+    names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
     if architecture == "sm_90" and precision != "float64":
         sm90 = tiles.BACKWARD_SM90_PARTS[precision] if precision in tiles.PARTS else tiles.BACKWARD_SM90
@@ -374,7 +373,7 @@ def test_tiles_divide_the_padded_rows():
     """Rows are padded to the largest of the tiles that read them, which must be a multiple of the others."""
     for architecture, precision, dims in (choice.values for choice in choices()):
         main, query = (tiles.choose(table, precision, dims, SHARED_LIMITS[architecture]) for table in (tiles.BACKWARD, tiles.BACKWARD_QUERY))
-        sizes = (main.query_tile, query.query_tile, tiles.ROWS_PER_BLOCK)
+        sizes = (main.query_tile, query.query_tile, launch.ROWS_PER_BLOCK)
         assert all(max(sizes) % size == 0 for size in sizes), (main, query)
 
 

@@ -263,7 +263,7 @@ def warmup(dtypes, head_dims):
         for head_dim in head_dims:
             dims = tiles.head_dims(head_dim, head_dim, tiles.head_dims_of(precision))
             forward_tile = tiles.choose(tiles.FORWARD, precision, dims, limit)
-            finish, backward, sm80_dims, rows = f"backward_finish<{kind}, {dims[0]}, 0>", None, [dims], []
+            finish, backward, sm80_dims = f"backward_finish<{kind}, {dims[0]}, 0>", None, [dims]
             if launch.family(device)[0] == "sm90" and size == 2:
                 own = tiles.head_dims(head_dim, head_dim, tiles.HEAD_DIMS_SM90)
                 row = [tile for _, tile in tiles.FORWARD_SM90[max(own)]]
@@ -277,13 +277,11 @@ def warmup(dtypes, head_dims):
                         wanted += [(tile.file, tile.name(precision, own, 0), tile.shared_bytes(own, 0, precision))]
                         wanted += [("float32_parts.cu", tiles.float32_parts(precision, own, 0, tile.key_tile), 0)]
                     wanted += _backward_parts(precision, head_dim)
-                    main, standing_by = tiles.backward_parts(precision, head_dim, head_dim, 0)
-                    rows = [(standing_by[0], True, main)]
+                    standing_by = tiles.backward_parts(precision, head_dim, head_dim, 0)[1]
                     sm80_dims += [standing_by] if standing_by != dims else []
             if backward is not None:
                 main, dims = backward
                 wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]
-                rows = [(dims[0], True, main)]
                 finish = tiles.backward_finish_sm90(precision, dims, 0, main.query_tile)
                 sm80_dims = []
             for own in sm80_dims:
@@ -294,8 +292,8 @@ def warmup(dtypes, head_dims):
                     wanted += [(main.file, main.name(precision, own, 0, True), main.shared_bytes(own, size))]
                 wanted += [(without_dq.file, without_dq.name(precision, own, 0, False), without_dq.shared_bytes(own, size))]
                 wanted += [(query.file, query.name(precision, own, 0), query.shared_bytes(own, size))]
-                rows += [(own[0], main.query_gradient, main), (own[0], False, without_dq, query)]
-            wanted += [("backward_rows.cu", tiles.backward_prepare(precision, dim, 0, zero, tiles.padding(*readers))[0], 0) for dim, zero, *readers in rows]
+            for own in sm80_dims or [dims]:
+                wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {own[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
             wanted += [("backward_rows.cu", finish, 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()

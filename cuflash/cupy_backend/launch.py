@@ -45,6 +45,7 @@ _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
 _pack_word = struct.Struct("Q").pack_into
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
+ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
@@ -604,7 +605,7 @@ class BackwardPlan:
         if in_parts:  # the sm80 family stands by
             standby = tiles.choose(tiles.backward_table(options, with_dq=not self.in_order), precision, dims, limit)
             readers.append(standby)
-        padding = tiles.padding(*readers)
+        padding = max(ROWS_PER_BLOCK, *(tile.query_tile for tile in readers))
         padded = slots(problem, problem.query_length, padding) * padding
         self.rows = places * padded  # of row_lse, row_d and row_sink
         self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
@@ -642,9 +643,9 @@ class BackwardPlan:
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
 
-        row_blocks, kind = places * padded // tiles.ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
-        name, rows_at_once = tiles.backward_prepare(precision, dims[0], row_options, not self.separate_dq, padding)
-        self.prepare = launch("backward_rows.cu", name, places * padded // rows_at_once, 256)
+        row_blocks, kind = places * padded // ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
+        zero = str(not self.separate_dq).lower()
+        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {row_options}, {zero}>", row_blocks, 256)
         self.main = self.query = self.finish = self.bias = None
         if not problem.key_length:
             return

@@ -586,21 +586,6 @@ def backward_parts(precision, head_dim, value_dim, options):
     return (BACKWARD_SM90_PARTS[precision][dims], dims) if dims and fits else None
 
 
-# Rows of a block of kernels/backward_rows.cu: of backward_finish, and the most of backward_prepare, which takes less time the more it reads at once.
-ROWS_PER_BLOCK, MOST_ROWS_PER_BLOCK = 32, 128
-
-
-def padding(*readers):
-    """What the rows that backward_prepare writes are padded to a multiple of: the largest tile of the kernels that read them."""
-    return max(ROWS_PER_BLOCK, *(tile.query_tile for tile in readers))
-
-
-def backward_prepare(precision, head_dim, options, zero_dq_sum, padding):
-    """(name, rows of a block) of the kernel that comes first."""
-    rows = math.gcd(padding, MOST_ROWS_PER_BLOCK)
-    return f"backward_prepare<{_arguments(PRECISIONS[precision], head_dim, options, zero_dq_sum, rows)}>", rows
-
-
 def backward_finish_sm90(precision, dims, options, query_tile):
     """The kernel that makes dQ of what the sm90 family summed."""
     return f"backward_finish_sm90<{_arguments(PRECISIONS[precision], dims[0], options, query_tile)}>"
