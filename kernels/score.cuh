@@ -229,10 +229,10 @@ template <int PRECISION, int OPTIONS> struct Score {
   const u32* words_of_mask;
   Real slope;
   i64 offset;
-  int queries, keys;
+  int queries, keys;            // those that take part
   int first_query, first_key;   // MASK: of the sequence
 
-  __device__ __forceinline__ Score(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) : queries(sequence.queries), keys(sequence.keys) {
+  __device__ __forceinline__ Score(const Problem& problem, const Place& place, const Sequence<OPTIONS>& sequence) : queries(sequence.seeing()), keys(sequence.seen()) {
     if constexpr ((OPTIONS & BIAS) != 0) bias = first_of<BiasElement>(problem.bias, place, sequence);
     if constexpr ((OPTIONS & MASK) != 0) words_of_mask = place.rows<u32>(problem.mask), first_query = sequence.first_query, first_key = sequence.first_key;
     if constexpr ((OPTIONS & ALIBI) != 0) slope = *place.rows<Real>(problem.alibi_slopes) * factors<Real>(problem).inverse_unit, offset = sequence.offset(problem, place);
@@ -261,7 +261,10 @@ template <int PRECISION, int OPTIONS> struct Score {
     if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m) {
-        hyperbolic_tangents<PRECISION>(d[m], factors<Real>(problem).softcap_scale);
+        // What takes no part may be anything, and must not decide how the rest is worked out.
+        const int last_row = row + m * 16 + 8, last_column = column + COLUMNS - 7;
+        const bool whole = !(OPTIONS & (PACKED | LENGTHS)) || (TRANSPOSED ? last_row < keys && last_column < queries : last_row < queries && last_column < keys);
+        hyperbolic_tangents<PRECISION>(d[m], factors<Real>(problem).softcap_scale, whole);
         if (derivative) {
 #pragma unroll
           for (int n = 0; n < COLUMNS / 8; ++n)
@@ -301,7 +304,7 @@ template <int PRECISION, int OPTIONS> struct Score {
     return {problem.mask, first, row, column, TRANSPOSED ? keys : queries};
   }
 
-  // f(m, n, i, x) with the element x of an array (.., queries, keys) for each element of the fragments; where a query or key does not exist, that of the last one.
+  // f(m, n, i, x) with the element x of an array (.., queries, keys) for each element of the fragments; where a query or key takes no part, that of the last one that does.
   template <bool TRANSPOSED, int ROW_TILES, int COLUMNS, typename Element, typename F>
   __device__ __forceinline__ void with_each(const Array& array, const Element* first, int row, int column, F f) const {
     if constexpr (TRANSPOSED) {

@@ -74,8 +74,9 @@ template <int PRECISION> __device__ __forceinline__ u32 pack(float first, float 
 }
 
 // tanh(scale x), in place, by all lanes of a warp. For 16-bit inputs good to 2^-11: the unit for exponentials has an instruction for it. As softmax takes
-// that unit's time too, the FMA units do three of four elements, where a warp has them all below 1 in size: by a polynomial, to 8.2e-5. Else to the last bits.
-template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_tangents(Real<PRECISION> (&d)[COUNT][4], Real<PRECISION> scale) {
+// that unit's time too, the FMA units do three of four elements, where a warp has them all below 1 in size and all lanes say so: by a polynomial, to 8.2e-5.
+// Else to the last bits.
+template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_tangents(Real<PRECISION> (&d)[COUNT][4], Real<PRECISION> scale, bool polynomial) {
   if constexpr (PRECISION == FLOAT16 || PRECISION == BFLOAT16) {
     const auto instruction = [](float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; };
     u32 bits = 0;   // of 2 scale x: of numbers below 2, and of no others, the highest bit of the exponent is 0
@@ -86,7 +87,7 @@ template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_t
         if (i) d[n][i] *= 2.0f * scale, bits |= __float_as_uint(d[n][i]);
         else d[n][i] = instruction(d[n][i] * scale);
       }
-    if (__any_sync(0xffffffff, bits & 0x40000000)) {
+    if (__any_sync(0xffffffff, !polynomial || bits & 0x40000000)) {
 #pragma unroll
       for (int n = 0; n < COUNT; ++n)
 #pragma unroll
