@@ -128,7 +128,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 #pragma unroll
       for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
+        for (int half = 0; half < 2; ++half) {
+          u32& pair = derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
+          if constexpr (CLEARS) asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0));   // the scores of what takes no part may be NaN, which times 0 would come back
+        }
     }
     float dp[AT_ONCE / 8][4];
     multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);   // dPᵀ = V dOᵀ

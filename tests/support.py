@@ -223,7 +223,7 @@ def weights_rounded_first(q, k, v, options):
 
     class Arithmetic(reference._Rounded):
         def factor(self, x):
-            if x.shape[-2:] != (q.shape[-2], k.shape[-2]):
+            if x.shape[-2:] != (q.shape[-2], k.shape[-2]) or x.size == 0:
                 return super().factor(x)
             largest = x.max(-1, keepdims=True)
             largest[largest == 0] = 1
