@@ -529,6 +529,13 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     assert own is not None or (name == "softcap" and max(dims) > 128)
 
 
+def test_gradients_whose_batch_dimensions_lie_the_other_way_round(arrays):
+    """Those of heads that several share are sums of parts, which lie in another order than the array they go to."""
+    q, k, v = arrays.normal(2, 3, 2, 150, 64), arrays.normal(2, 3, 1, 130, 64), arrays.normal(2, 3, 1, 130, 64)
+    v = v.swapaxes(0, 1).copy().swapaxes(0, 1)
+    check_backward(arrays.normal(2, 3, 2, 150, 64), q, k, v, roundings=16, both=True)
+
+
 CHANGES = ("mask", "bias", "softcap", "alibi_slopes", "dropout")
 TOGETHER = [*itertools.combinations(CHANGES, 2), CHANGES]
 

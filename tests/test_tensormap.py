@@ -2,12 +2,14 @@
 
 import numpy
 import pytest
-from support import cupy
+from support import Arrays, cupy
 
 if cupy is None:
     pytest.skip("needs CuPy", allow_module_level=True)
 
-from cuflash.cupy_backend import launch, tensormap
+from cuflash.cupy_backend import launch, modules, tensormap
+from cuflash.options import DEFAULTS
+from cuflash.problem import make_problem
 
 
 def view_of(batch=(1, 1, 1, 1), heads=1, rows=100, **fields):
@@ -47,3 +49,25 @@ def test_one_row():
 )
 def test_what_it_cannot_read(fields):
     assert view_of(**fields) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_maps_have_the_batch_dimensions_of_their_argument(order, dtype, monkeypatch):
+    """A dv whose batch dimensions lie the other way round keeps them from merging, but where dv is a sum of parts, which the kernel writes in their order."""
+    monkeypatch.setattr(launch, "family", lambda device: ("sm90", ""))
+    monkeypatch.setattr(launch, "shared_limit", lambda device: 232448)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(modules, "kernel", lambda file, name, shared_bytes, device: name)
+    arrays = Arrays(numpy, dtype, 0)
+    q, k, v = arrays.normal(2, 3, 2, 300, 64), arrays.normal(2, 3, 1, 900, 64), arrays.normal(2, 3, 1, 900, 64)
+    problem, q, k, v = make_problem(q, k, v, DEFAULTS)
+    lse = numpy.zeros(problem.lse_shape, problem.lse_dtype)
+    dv = v.swapaxes(0, 1).copy().swapaxes(0, 1) if order == "F" else v
+    views = {name: launch.layout(array, 2) for name, array in {"q": q, "k": k, "v": v, "out": q, "dout": q, "dq": q, "dk": k, "dv": dv}.items()}
+    plan = launch.BackwardPlan(problem, views | {"lse": launch.layout(lse, 1)}, ())
+    assert plan.key_parts
+    main = plan.main.main if isinstance(plan.main, launch.PartsBackward) else plan.main
+    batch = numpy.frombuffer(main.argument, launch.LAYOUT)[0]["batch"]
+    assert tuple(batch) == (1, 1, 1, 6)
+    assert {sizes[3:] for sizes, _, _ in main.maps.views} == {(6, 1)}

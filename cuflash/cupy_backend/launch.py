@@ -401,14 +401,19 @@ class Parts:
             self.size += places * groups * (rows + 1) * layouts[name][3] * 2
             blocks += places * groups
             needed += places * length * layouts[name][3] * 2
-        self.views = views | layouts
-        maps = _maps_of(problem, numpy.frombuffer(argument(problem, self.views, alignment=alignment), LAYOUT)[0], boxes)
+        self.views, self.problem, self.boxes = views | layouts, problem, boxes
         # Not where many sequences are much shorter than groups of 64 rows.
-        self.maps = None if None in maps or self.size > tiles.PARTS_MOST_PADDING * needed + tiles.PARTS_LEAST_BYTES else tensormap.TensorMaps("float16", maps)
+        padded = self.size > tiles.PARTS_MOST_PADDING * needed + tiles.PARTS_LEAST_BYTES
+        self.maps = None if padded else self.maps_beside(argument(problem, self.views, alignment=alignment))
         if self.maps is not None:
             packed = argument(problem, views | {PARTS_TARGETS[name]: layout for name, layout in layouts.items()})
             kernel = modules.kernel("float32_parts.cu", tiles.float32_parts(precision, dims, options, key_tile), 0, problem.device)
             self.split = Launch(kernel, blocks, 256, 0, packed)
+
+    def maps_beside(self, argument):
+        """Their tensor maps, of the batch dimensions that an argument has; None where TMA cannot read one."""
+        maps = _maps_of(self.problem, numpy.frombuffer(argument, LAYOUT)[0], self.boxes)
+        return None if None in maps else tensormap.TensorMaps("float16", maps)
 
     def __call__(self, words, memory):
         """Makes the parts in `size` bytes from address `memory` on; words for launches that take the arrays as they are, and that take their parts."""
@@ -639,6 +644,8 @@ class BackwardPlan:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
         packed = argument(problem, {**views, **parts}, heads, alignment, **numbers)
+        if maps is not None and not in_parts:
+            maps = _maps_of_backward(problem, {**views, **parts}, main)  # with the batch dimensions of the argument that goes beside them
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
@@ -662,6 +669,7 @@ class BackwardPlan:
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
+                mapping["maps"] = float32_parts.maps_beside(mapping["argument"])
             self.main = _with_mask(by_keys, launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping))
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
