@@ -16,8 +16,8 @@
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
 //   | BIAS_GRADIENT: of each warp, where its head's dBias begins
 //
-// Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory, and full -> dK issued ->
-// dV done, dO empty -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
+// Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
+// dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
 // In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
