@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         }
         const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
         const int row = key_row + half * 8 + lane / 4;
+        // The same place made in two ways: each takes registers that the other instances have not got.
         store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (OPTIONS & BIAS_GRADIENT ? n % 8 << 4 ^ swizzle : (n % 8 ^ before % 64 / 8 ^ row & 7) << 4) + lane % 4 * 4, word);
       }
     if constexpr (AT_ONCE > 64) multiply_p_do(1);

@@ -29,6 +29,16 @@ def needs_sm90():
         pytest.skip("needs a GPU of compute capability 9.0")
 
 
+def assert_a_thousand_backwards_are_equal(dout, q, k, v, options):
+    out, lse = cuflash.attention_forward(q, k, v, **options)
+    first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+    differs = cupy.zeros((), bool)
+    for _ in range(1000):
+        for own, wanted in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), first):
+            differs |= (own != wanted).any()
+    assert not differs
+
+
 @pytest.fixture(params=["bfloat16", "float16"])
 def arrays(request, seed):
     needs_sm90()
@@ -475,13 +485,7 @@ class TestBackwardOfFloat32InParts(InParts):
     def test_a_thousand_runs_are_equal(self, arrays, options, monkeypatch):
         q, k, v = arrays.qkv(500, 500, 128, lead=(2, 8))
         dout, options = arrays.normal(2, 8, 500, 128), {**options, "deterministic": True, **arrays.options}
-        out, lse = cuflash.attention_forward(q, k, v, **options)
-        first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
-        differs = cupy.zeros((), bool)
-        for _ in range(1000):
-            for own, wanted in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), first):
-                differs |= (own != wanted).any()
-        assert not differs
+        assert_a_thousand_backwards_are_equal(dout, q, k, v, options)
 
 
 class TestRepeatedCalls:
@@ -569,13 +573,7 @@ def test_a_thousand_backwards_in_order_are_equal(arrays, head_dim, changes, no_p
     dout, options = arrays.normal(2, 8, 500, head_dim), {"deterministic": True, "causal": True}
     for name in changes:
         options |= option(name, arrays, (2,), 8, 500, 500)
-    out, lse = cuflash.attention_forward(q, k, v, **options)
-    first = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
-    differs = cupy.zeros((), bool)
-    for _ in range(1000):
-        for own, wanted in zip(cuflash.attention_backward(dout, q, k, v, out, lse, **options), first):
-            differs |= (own != wanted).any()
-    assert not differs
+    assert_a_thousand_backwards_are_equal(dout, q, k, v, options)
 
 
 class TestGradientOfABias:

@@ -584,7 +584,7 @@ class BackwardPlan:
                 own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options | bias_options)
                 if own is None and bias_options:  # dbias takes a kernel of its own
                     bias_options, own = 0, tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
-                maps = None if own is None else _maps_of_backward(problem, views, own[0])
+                maps = None if own is None else _maps_of_backward(problem, argument(problem, views), own[0])
             else:
                 own = tiles.backward_parts(precision, problem.head_dim, problem.value_dim, options)
                 if own is not None:
@@ -645,7 +645,7 @@ class BackwardPlan:
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
         packed = argument(problem, {**views, **parts}, heads, alignment, **numbers)
         if maps is not None and not in_parts:
-            maps = _maps_of_backward(problem, {**views, **parts}, main)  # with the batch dimensions of the argument that goes beside them
+            maps = _maps_of_backward(problem, packed, main)  # parts may lie so that more batch dimensions merge
 
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
@@ -715,9 +715,9 @@ def _maps_of(problem, record, rows):
     return [tensormap.view_of(record[name], record["batch"], problem.heads, length, 2, box) for name, (length, box) in rows.items()]
 
 
-def _maps_of_backward(problem, views, tile):
-    """The tensor maps of q, k, v and dout, or None where TMA cannot read one."""
-    record = numpy.frombuffer(argument(problem, views), LAYOUT)[0]
+def _maps_of_backward(problem, argument, tile):
+    """The tensor maps of q, k, v and dout, of the batch dimensions that an argument has; None where TMA cannot read one."""
+    record = numpy.frombuffer(argument, LAYOUT)[0]
     queries, keys = (problem.query_length, tile.query_tile), (problem.key_length, tile.key_tile)
     maps = _maps_of(problem, record, {"q": queries, "k": keys, "v": keys, "dout": queries})
     return None if None in maps else tensormap.TensorMaps(problem.precision, maps)
