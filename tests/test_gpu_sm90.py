@@ -403,6 +403,13 @@ class TestBackwardOfFloat32InParts(InParts):
         check_backward(arrays.normal(2, 4, 300, head_dim), q, k, v, roundings=8, both=True, **options)
         assert isinstance(self.plan(no_plans), launch.PartsBackward) == (name != "all")
 
+    def test_batch_dimensions_that_lie_the_other_way_round(self, arrays, no_plans):
+        """As in test_gradients_whose_batch_dimensions_lie_the_other_way_round."""
+        q, k, v = arrays.normal(2, 3, 2, 150, 64), arrays.normal(2, 3, 1, 130, 64), arrays.normal(2, 3, 1, 130, 62)
+        v = v.swapaxes(0, 1).copy().swapaxes(0, 1)
+        check_backward(arrays.normal(2, 3, 2, 150, 62), q, k, v, roundings=8, both=True, **arrays.options)
+        assert isinstance(self.plan(no_plans), launch.PartsBackward)
+
     @pytest.mark.parametrize("amplitude", [1e-6, 1.0, 10.0, 100.0])
     @pytest.mark.parametrize("head_dim", [64, 128])
     def test_sizes_of_numbers(self, arrays, head_dim, amplitude):
@@ -533,11 +540,12 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     assert own is not None or (name == "softcap" and max(dims) > 128)
 
 
-def test_gradients_whose_batch_dimensions_lie_the_other_way_round(arrays):
-    """Those of heads that several share are sums of parts, which lie in another order than the array they go to."""
-    q, k, v = arrays.normal(2, 3, 2, 150, 64), arrays.normal(2, 3, 1, 130, 64), arrays.normal(2, 3, 1, 130, 64)
+@pytest.mark.parametrize("columns", [64, 58])
+def test_gradients_whose_batch_dimensions_lie_the_other_way_round(arrays, columns):
+    """Those of heads that several share are sums of parts, which lie in another order than the array they go to. So does a copy of v, whose rows are odd."""
+    q, k, v = arrays.normal(2, 3, 2, 150, 64), arrays.normal(2, 3, 1, 130, 64), arrays.normal(2, 3, 1, 130, columns)
     v = v.swapaxes(0, 1).copy().swapaxes(0, 1)
-    check_backward(arrays.normal(2, 3, 2, 150, 64), q, k, v, roundings=16, both=True)
+    check_backward(arrays.normal(2, 3, 2, 150, columns), q, k, v, roundings=16, both=True)
 
 
 CHANGES = ("mask", "bias", "softcap", "alibi_slopes", "dropout")
