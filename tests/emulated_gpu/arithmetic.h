@@ -76,6 +76,7 @@ inline void shuffle(Warp& warp, const Instruction& code, u32 lanes) {   // d, p 
 }
 inline void vote(Warp& warp, const Instruction& code, u32 lanes) {   // d, p, members; mode: all, any, ballot; count: p is negated
   u32 ballot = 0;
+  lanes &= warp.operand<u32>(code, 2)[__builtin_ctz(lanes)];
   for_lanes(lanes, [&](int lane) { ballot |= (u32)((warp.operand<u32>(code, 1)[lane] != 0) != (bool)code.count) << lane; });
   for_lanes(lanes, [&](int lane) { warp.operand<u32>(code, 0)[lane] = code.mode == 0 ? ballot == lanes : code.mode == 1 ? ballot != 0 : ballot; });
 }

@@ -1,5 +1,5 @@
 // Loads, stores and atomics; and what the GPU copies on its own: cp.async, bulk copies with the mbarriers that announce them, bulk reductions. These take effect at
-// a drawn moment between being asked for and being waited for.
+// a drawn moment between being asked for and being waited for (cp.async and reductions at the end of that time where races are watched for).
 #pragma once
 #include "arithmetic.h"
 #include "watch.h"
@@ -21,6 +21,7 @@ inline void store(Warp& warp, const Instruction& code, u32 lanes) {
     const u32 bytes = code.bytes * code.count;
     u8 *to = memory_at(warp, code.space, at, bytes), x[32];
     for (u32 k = 0; k < code.count; ++k) memcpy(x + k * code.bytes, warp.registers + code.operand[k] + lane * code.lane_bytes, code.bytes);
+    if (code.space == SHARED) warp.unfenced |= 1u << lane;
     if (watching && code.space == SHARED) note_write(warp, at, bytes, code.line, x, to);
     memcpy(to, x, bytes);
   });
@@ -28,6 +29,7 @@ inline void store(Warp& warp, const Instruction& code, u32 lanes) {
 template <class T, auto F> void atomic(Warp& warp, const Instruction& code, u32 lanes) {   // mode 1: the old value; address, `count` values
   for_lanes(lanes, [&](int lane) {
     u8* at = memory_at(warp, code.space, address_of(warp, code, code.mode, lane), sizeof(T) * code.count);
+    if (watching && code.space == SHARED) note_atomic(warp, at - warp.block->shared, sizeof(T) * code.count, code.line);
     for (u32 k = 0; k < code.count; ++k) {
       T last;
       memcpy(&last, at + k * sizeof last, sizeof last);
@@ -83,12 +85,14 @@ inline void mbarrier_init(Warp& warp, const Instruction& code, u32 lanes) {   //
     shared_at(warp, at, 8);
     if (warp.block->mbarriers.count(at) || index >= MOST_MBARRIERS) fail("mbarrier.init: one is there, or there are too many");
     Mbarrier& barrier = warp.block->mbarriers[at];
-    barrier.expected = barrier.pending = arrivals, barrier.index = index;
+    barrier.expected = barrier.pending = arrivals, barrier.index = index, barrier.maker = warp.id, barrier.made = warp.known.clock[warp.id];
+    if (watching) for (u32 k = at / 4; k < at / 4 + 2; ++k) { note_write(warp, 4 * k, 4, code.line, (const u8*)"made", (const u8*)"not"); warp.block->words[k].of_mbarrier = true; }
   });
 }
 inline void mbarrier_arrive(Warp& warp, const Instruction& code, u32 lanes) {   // address; mode 1: bytes that will be copied
   for_lanes(lanes, [&](int lane) {
     Mbarrier& barrier = mbarrier_at(*warp.block, address_of(warp, code, 0, lane));
+    check_made(warp, barrier);
     if (code.mode) barrier.bytes += warp.operand<u32>(code, 1)[lane];
     if (barrier.pending-- == 0) fail("more arrivals than the mbarrier was initialised for");
     release_to(warp, barrier.arriving);
@@ -100,12 +104,14 @@ inline void mbarrier_try_wait(Warp& warp, const Instruction& code, u32 lanes) { 
   for_lanes(lanes, [&](int lane) {
     const Mbarrier& barrier = mbarrier_at(*warp.block, address_of(warp, code, 1, lane));
     const u32 parity = warp.operand<u32>(code, 2)[lane];
+    check_made(warp, barrier);
     if (parity > 1) fail("parity " + text(parity));
     const bool done = barrier.parity != parity;
     warp.operand<u32>(code, 0)[lane] = done, any |= done;
     if (watching && done) warp.known.join(barrier.done);
   });
   warp.spun = !any;
+  if (!any) warp.spinning = lanes;
 }
 
 // ---------------------------------------------------------------- bulk copies
@@ -114,12 +120,15 @@ static_assert(sizeof(TensorMap) <= 128);
 
 inline void start_bulk_copy(Warp& warp, const Instruction& code, u32 target, u32 bytes, u32 barrier_at, std::function<void()> finish) {
   if (target < SHARED_START || (u64)target + bytes > warp.block->shared_bytes) fail("a bulk copy to outside of shared memory");
-  if (watching) note_bulk_copy(warp, target, bytes, code.line, mbarrier_at(*warp.block, barrier_at));
+  const Mbarrier& announcing = mbarrier_at(*warp.block, barrier_at);
+  check_made(warp, announcing);
+  if (watching) note_bulk_copy(warp, target, bytes, code.line, announcing);
   Launch& launch = *warp.block->launch;
   const u64 ready = launch.tick + launch.random() % (launch.random() % 4 ? 8 : 200);
-  warp.block->copies.push_back({ready, [block = warp.block, bytes, barrier_at, finish] {
+  warp.block->copies.push_back({ready, [block = warp.block, bytes, barrier_at, phase = announcing.phases, finish] {
     finish();
     Mbarrier& barrier = mbarrier_at(*block, barrier_at);
+    if (barrier.phases != phase) fail("the mbarrier's phase has ended before a bulk copy that was asked for in it: fewer bytes were expected");
     barrier.bytes -= bytes;
     end_phase(barrier);
   }});
@@ -166,7 +175,6 @@ inline void read_for(Warp& warp, BulkAdd& add) {
   if (add.is_read) return;
   add.numbers.resize(add.bytes / 4), add.is_read = true;
   memcpy(add.numbers.data(), warp.block->shared + add.source, add.bytes);
-  if (watching) for (u32 k = add.source / 4; k < (add.source + add.bytes) / 4; ++k) finish_read(warp, k, false);
 }
 inline void finish_add(Warp& warp, BulkAdd& add) {
   read_for(warp, add);
@@ -175,7 +183,7 @@ inline void finish_add(Warp& warp, BulkAdd& add) {
 }
 inline void add_bytes(Warp& warp, const Instruction& code, u32 lanes) {   // target, source, bytes
   for_lanes(lanes, [&](int lane) {
-    BulkAdd add{warp.add_group[lane], warp.operand<u32>(code, 1)[lane], warp.operand<u64>(code, 0)[lane], warp.operand<u32>(code, 2)[lane], {}, false};
+    BulkAdd add{warp.add_group[lane], warp.operand<u32>(code, 1)[lane], warp.operand<u64>(code, 0)[lane], warp.operand<u32>(code, 2)[lane], {}, false, false};
     if (add.source % 16 || add.target % 16 || add.bytes % 16) fail("a bulk reduction that is not in pieces of 16 bytes");
     if (add.source < SHARED_START || (u64)add.source + add.bytes > warp.block->shared_bytes || !allocated(add.target, add.bytes)) fail("a bulk reduction outside of memory");
     if (watching)
@@ -193,13 +201,18 @@ inline void add_bytes_wait(Warp& warp, const Instruction& code, u32 lanes) {   /
   for_lanes(lanes, [&](int lane) {
     std::erase_if(warp.adds[lane], [&](BulkAdd& add) {
       if (add.group + code.number >= warp.add_group[lane]) return false;
+      if (watching && !add.waited_for) for (u32 k = add.source / 4; k < (add.source + add.bytes) / 4; ++k) finish_read(warp, k, false);
+      add.waited_for = true;
       if (code.mode) read_for(warp, add);
       else finish_add(warp, add);
       return !code.mode;
     });
   });
 }
-inline void finish_some_adds(Warp& warp, bool all) {
+inline void finish_some_adds(Warp& warp, bool all) {   // but those that are watched not before they are waited for
   for (auto& adds : warp.adds)
-    while (adds.size() && (all || warp.random() % 3 == 0)) finish_add(warp, adds.front()), adds.erase(adds.begin());
+    while (adds.size() && (all || warp.random() % 3 == 0) && (!watching || adds.front().waited_for)) finish_add(warp, adds.front()), adds.erase(adds.begin());
+}
+inline void check_adds(Warp& warp, u32 lanes) {   // of lanes that end
+  for_lanes(lanes, [&](int lane) { for (auto& add : warp.adds[lane]) if (!add.waited_for) fail("a thread ends before its bulk reductions have been read"); });
 }

@@ -2,8 +2,8 @@
 //
 // A launch keeps some blocks resident, starts the others in order as these end, and goes on with one warp at a time, for as many instructions as a seed
 // draws. Of the lanes of a warp those that are furthest behind go first; they wait for others only where an instruction names both. So the order differs
-// from seed to seed, and what a kernel's barriers do not order shows up as a wrong result, or (gpu_watch) is reported as a race. Every access is checked
-// against the allocations, and every copy and reduction that a GPU makes on its own happens late (copies.h). What it does not have: caches, clusters, time.
+// from seed to seed, and what a kernel's barriers do not order shows up as a wrong result, or (gpu_watch) is reported as a race. Every access of
+// device memory is checked against the allocations, and every copy and reduction that a GPU makes on its own happens late (copies.h). What it does not have: caches, clusters, time.
 #include "parser.h"
 
 // ---------------------------------------------------------------- a warp
@@ -47,13 +47,15 @@ static bool run(Warp& warp, int budget) {
   while (budget > 0 && !warp.spun) {
     const u32 ready = warp.alive & ~warp.waiting;
     u32 pc = 0, lanes = 0, next = ~0u;   // of those that are next, and the place of others before which they stop
-    for (u32 left = ready; left; left &= ~lanes) {
+    // Lanes that have waited in vain let others of their warp go first.
+    for (u32 left = ready & ~warp.spinning ? ready & ~warp.spinning : ready; left; left &= ~lanes) {
       pc = ~0u, lanes = 0;
       for_lanes(left, [&](int lane) { pc = std::min(pc, warp.pc[lane]); });
       for_lanes(left, [&](int lane) { lanes |= (u32)(warp.pc[lane] == pc) << lane; });
       if (together(warp, program[pc], lanes)) break;
-      if (lanes == left) return progress;
+      if (lanes == left) { warp.spinning = 0; return progress; }
     }
+    warp.spinning = 0;
     if (!ready) return progress;
     for_lanes(ready, [&](int lane) { if (warp.pc[lane] > pc) next = std::min(next, warp.pc[lane]); });
     auto set_pc = [&](u32 to) { for_lanes(lanes, [&](int lane) { warp.pc[lane] = to; }); };
@@ -64,7 +66,7 @@ static bool run(Warp& warp, int budget) {
       if (code.predicate >= 0) for_lanes(lanes, [&](int lane) { if ((warp.at<u32>(code.predicate)[lane] != 0) == code.negated) active &= ~(1u << lane); });
       --budget, ++warp.block->launch->executed, ++pc;
       try {
-        if (watching && active && code.kind != Instruction::BRANCH && code.run != wgmma) check_registers(warp, code, active);
+        if (watching && (active || warp.any_tainted) && code.kind != Instruction::BRANCH && code.run != wgmma) check_registers(warp, code, active, lanes);
         switch (code.kind) {
           case Instruction::PLAIN:
             if (active) code.run(warp, code, active);
@@ -79,6 +81,7 @@ static bool run(Warp& warp, int budget) {
             else if (active) { for_lanes(lanes, [&](int lane) { warp.pc[lane] = active >> lane & 1 ? code.target : pc; }); lanes = 0, on = false; }
             break;
           case Instruction::EXIT:
+            if (watching) check_adds(warp, active);
             warp.alive &= ~active, lanes &= ~active, on = false;
             if (!warp.alive) open_barriers(*warp.block);
             break;
@@ -123,7 +126,10 @@ static std::unique_ptr<Block> start_block(Launch& launch, u32 id, u32 shared_byt
         else set(at, 4, lane, kind == Program::THREAD ? k * 32 + lane : kind == Program::BLOCK ? id : kind == Program::GRID ? launch.grid : kind == Program::THREADS ? launch.threads : lane);
       }
     }
-    if (watching) warp->busy.assign(program.register_bytes / 32 + 1, 0), warp->tainted.assign(program.register_bytes / 32 + 1, 0), warp->known.clock[k] = 1;
+    if (watching) {
+      const size_t count = program.register_bytes / 32 + 1;   // registers begin at multiples of 32 bytes
+      warp->busy.assign(count, 0), warp->tainted.assign(count, 0), warp->modified.assign(count, 0), warp->known.clock[k] = 1;
+    }
     block->warps.push_back(std::move(warp));
   }
   if (block->warps.size() > MOST_WARPS) fail(text(launch.threads) + " threads");

@@ -83,9 +83,10 @@ struct Word {
   static constexpr u32 IN_FLIGHT = ~0u;
   u32 written = 0, writer = 0, write_line = 0, pending_reads = 0, read_line = 0;
   u32 read[MOST_WARPS] = {}, read_by_product = 0;   // a bit for each warp
+  bool of_mbarrier = false;
 };
 
-struct Mbarrier { u32 expected = 0, pending = 0; s64 bytes = 0; u32 parity = 0, index = 0, phases = 0; Knowledge arriving, done; };
+struct Mbarrier { u32 expected = 0, pending = 0; s64 bytes = 0; u32 parity = 0, index = 0, phases = 0, maker = 0, made = 0; Knowledge arriving, done; };
 struct NamedBarrier {
   u32 arrived = 0, expected = 0; bool any = false;
   vector<std::pair<Warp*, u32>> waiting, results;   // lanes; registers that receive `any`
@@ -104,23 +105,26 @@ struct Block {
   vector<Copy> copies;   // bulk copies under way
   vector<std::unique_ptr<Warp>> warps;
   vector<Word> words;   // what follows is of gpu_watch
-  std::unordered_map<u32, vector<std::pair<u32, u32>>> same;   // who wrote to a word what stood there already: warps and clocks
+  std::unordered_map<u32, vector<std::pair<u32, u32>>> same, atomics;   // who wrote to a word what stood there already, and who by atomics: warps and clocks
 };
 
 struct LaneCopy { u32 group, target; u64 source; u32 bytes; };
-struct BulkAdd { u32 group, source; u64 target; u32 bytes; vector<float> numbers; bool is_read; };
+struct BulkAdd { u32 group, source; u64 target; u32 bytes; vector<float> numbers; bool is_read, waited_for; };
 
 struct ProductRead { u32 group, word; const Instruction* code; int row, column; };   // of the result, that it goes into; the other one is -1
 
 struct Warp {
   Block* block; Program* program; u32 id; vector<u8> memory, local; u8* registers;
   u32 pc[32], alive = ALL, waiting = 0;
-  bool spun = false;   // it asked for the end of a phase in vain
+  bool spun = false;   // it asked for the end of a phase in vain,
+  u32 spinning = 0;    // and which lanes did
   vector<LaneCopy> copies[32]; u32 copy_group[32] = {};
   vector<BulkAdd> adds[32]; u32 add_group[32] = {};
   Knowledge known;
-  // Of wgmma: groups so far, what pending products read, and for each register the group, plus one, of the pending product that writes it.
-  u32 product_groups = 0; vector<ProductRead> product_reads; vector<u32> busy; bool any_busy = false;
+  u32 unfenced = 0;    // lanes that have stored to shared memory since their last fence for the async proxy
+  // Of wgmma: registers that other instructions wrote since its last fence, groups so far, what pending products read, and for each
+  // register the group, plus one, of the pending product that writes it.
+  vector<u8> modified; u32 product_groups = 0; vector<ProductRead> product_reads; vector<u32> busy; bool any_busy = false;
   vector<u32> tainted; bool any_tainted = false; string taint;   // for each register the lanes that hold what was read too early, and what that was
 
   template <class T> T* at(u32 offset) { return (T*)(registers + offset); }
@@ -138,7 +142,9 @@ inline std::map<u64, u64> allocations;   // of device memory: start -> end
 
 inline bool allocated(u64 at, u64 bytes) {
   auto next = allocations.upper_bound(at);
-  return next != allocations.begin() && at + bytes <= (--next)->second;
+  if (next == allocations.begin()) return false;
+  const u64 end = (--next)->second;
+  return at < end && bytes <= end - at;
 }
 inline void check_alignment(u64 at, u32 bytes) { if (bytes <= 16 && at % bytes) fail("address " + text(at) + " is no multiple of " + text(bytes)); }
 
@@ -156,7 +162,7 @@ inline u8* device_at(u64 at, u32 bytes) {
   fail("device memory: " + text(bytes) + " bytes at " + text(at) + " are not allocated" + near);
 }
 inline u8* generic_at(Warp& warp, u64 at, u32 bytes) {
-  auto within = [&](const void* start, u64 size) { return at >= (u64)start && at + bytes <= (u64)start + size; };
+  auto within = [&](const void* start, u64 size) { return at - (u64)start < size && bytes <= size - (at - (u64)start); };
   if (within(warp.block->shared, warp.block->shared_bytes) || within(warp.local.data(), warp.local.size())) return (u8*)at;
   for (auto& parameter : warp.block->launch->parameters) if (within(parameter.data(), parameter.size())) return (u8*)at;
   for (auto& global : warp.program->globals) if (within(global.data(), global.size())) return (u8*)at;

@@ -114,12 +114,15 @@ inline void wgmma(Warp& warp, const Instruction& code, u32) {
   bool taint = false;
   for (u32 k = results; k < code.operands; ++k) {
     if (warp.busy[code.operand[k] / 32]) fail("an operand of a product is one that has not been waited for");
+    if (registers && k < (u32)results + 4 && warp.modified[code.operand[k] / 32]) fail("A was written without a wgmma.fence after it");
     taint |= warp.tainted[code.operand[k] / 32];
   }
+  for (int k = 0; k < results && add; ++k) if (warp.modified[code.operand[k] / 32]) fail("D was written without a wgmma.fence after it");
   for (int k = 0; k < results; ++k) { u32& own = warp.tainted[code.operand[k] / 32]; own = taint ? ALL : add ? own : 0, warp.busy[code.operand[k] / 32] = warp.product_groups + 1; }
   for (auto& [row, column] : early) taint_result(warp, {0, 0, &code, row, column});
   warp.any_busy = true;
 }
+inline void wgmma_fence(Warp& warp, const Instruction&, u32) { std::fill(warp.modified.begin(), warp.modified.end(), 0); }
 inline void wgmma_commit(Warp& warp, const Instruction&, u32) { ++warp.product_groups; }
 inline void wgmma_wait(Warp& warp, const Instruction& code, u32) {
   if (!watching) return;

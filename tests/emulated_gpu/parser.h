@@ -222,7 +222,7 @@ class Parser {
     code.written = 1;
     if (!control(s) && !memory(s) && !matrices(s) && !copies(s) && !moves(s) && !integers(s) && !conversion(s) && !comparison(s) && !arithmetic(s)) fail("not known here");
     if (code.kind == Instruction::PLAIN && !code.run) fail("not known here in this form");
-    if (s.has("aligned") || s.op == "bar") code.members = -2;
+    if (s.has("aligned") || (s.op == "bar" && !s.has("warp"))) code.members = -2;
     program.operands.push_back(operands);
     code.operand = program.operands.back().data(), code.operands = operands.size();
     program.code.push_back(code);
@@ -236,7 +236,7 @@ class Parser {
     } else if (s.op == "ret" || s.op == "exit") {
       code.kind = Instruction::EXIT, code.written = 0;
     } else if (s.op == "bar" && s.has("warp")) {
-      code.run = nothing, code.written = 0;
+      take_all(s, {4}), code.run = nothing, code.written = 0, code.members = operands[0];
     } else if (s.op == "bar") {   // result or NONE, barrier, threads or NONE, predicate or NONE; mode 1: goes on at once
       code.kind = Instruction::BARRIER, code.mode = s.has("arrive"), code.written = s.has("red");
       if (code.written && !s.has("or")) fail("not known here");
@@ -244,7 +244,7 @@ class Parser {
       take(s.arguments[code.written], 4);
       operands.push_back(!code.written && s.arguments.size() > 1 ? operand(s.arguments[1], 4) : NONE);
       if (code.written) { if (take_not(s.arguments[2])) fail("not known here"); take(s.arguments[2], 4); }
-    } else if (s.starts("fence.proxy.async")) {
+    } else if (s.full == "fence.proxy.async.shared::cta") {
       code.run = fence_async, code.written = 0;
     } else if (s.op == "setmaxnreg" || s.op == "fence" || s.op == "prefetch") {
       code.run = nothing, code.written = 0;
@@ -318,7 +318,7 @@ class Parser {
     } else if (s.op == "wgmma") {
       code.written = 0;
       if (s.has("wait_group")) code.number = std::stoi(s.arguments[0]);
-      code.run = s.has("commit_group") ? wgmma_commit : s.has("wait_group") ? wgmma_wait : nothing;
+      code.run = s.has("commit_group") ? wgmma_commit : s.has("wait_group") ? wgmma_wait : s.has("fence") ? wgmma_fence : nullptr;
     } else {
       return false;
     }
@@ -370,7 +370,7 @@ class Parser {
       if (operands.size() == 3) code.run = own == 8 ? map2<u64, u32, u32, [](u32 a, u32 b) { return a | (u64)b << 32; }> : map2<u32, u32, u32, [](u32 a, u32 b) { return (a & 0xffff) | b << 16; }>;
     } else if (s.op == "mov" || s.op == "cvta") {
       if (s.has("shared")) fail("not known here");
-      take_all(s, {own, own}), code.moves = true, code.run = own == 8 ? map1<u64, u64, [](u64 a) { return a; }> : map1<u32, u32, [](u32 a) { return a; }>;
+      take_all(s, {own, own}), code.moves = find(s.arguments[1]), code.run = own == 8 ? map1<u64, u64, [](u64 a) { return a; }> : map1<u32, u32, [](u32 a) { return a; }>;
     } else if (s.op == "selp") {
       take_all(s, {own, own, own, 4}), code.selects = true;
       code.run = own == 8 ? map3<u64, u64, u64, u32, [](u64 a, u64 b, u32 c) { return c ? a : b; }> : map3<u32, u32, u32, u32, [](u32 a, u32 b, u32 c) { return c ? a : b; }>;
@@ -417,8 +417,9 @@ class Parser {
                           : map2<u32, u32, u32, [](u32 a, u32 b) -> u32 { return ((u64)a * b >> 32); }>;
       else code.run = sign ? map2<u64, s64, s64, [](s64 a, s64 b) -> u64 { return ((__int128)a * b >> 64); }>
                     : map2<u64, u64, u64, [](u64 a, u64 b) -> u64 { return ((unsigned __int128)a * b >> 64); }>;
-    } else if (op == "mad" && s.has("lo")) {
-      take_all(s, {own, own, own, own}), code.run = wide ? map3<u64, u64, u64, u64, [](u64 a, u64 b, u64 c) { return a * b + c; }> : map3<u32, u32, u32, u32, [](u32 a, u32 b, u32 c) { return a * b + c; }>;
+    } else if (op == "mad" && s.has("lo") && !is_short) {
+      take_all(s, {own, own, own, own});
+      code.run = wide ? map3<u64, u64, u64, u64, [](u64 a, u64 b, u64 c) { return a * b + c; }> : map3<u32, u32, u32, u32, [](u32 a, u32 b, u32 c) { return a * b + c; }>;
     } else if ((op == "div" || op == "rem") && type[0] != 'f') {
       take_all(s, {own, own, own});
       code.run = type == "s32" ? division<s32>(op) : type == "u32" ? division<u32>(op) : type == "s64" ? division<s64>(op) : type == "u64" ? division<u64>(op) : nullptr;
@@ -441,6 +442,8 @@ class Parser {
     if (s.op != "cvt") return false;
     const string &from = s.type, &to = s.parts[s.parts.size() - 2];
     const bool ftz = s.has("ftz");
+    static const std::set<string> known{"rn", "rni", "rzi", "rna", "ftz", "sat"};
+    for (size_t k = 1; k + 2 < s.parts.size(); ++k) if (!known.count(s.parts[k])) return false;
     if (to == "f16x2" || to == "bf16x2") {   // the first operand becomes the upper half
       take_all(s, {4, 4, 4});
       if (from == "f32") code.run = to == "f16x2" ? map2<u32, float, float, [](float a, float b) { return pair((half)b, (half)a); }>
@@ -516,11 +519,13 @@ class Parser {
   template <auto F> static u32 by_halves(u32 a, u32 b) { return pair((half)F((float)low_half(a), (float)low_half(b)), (half)F((float)high_half(a), (float)high_half(b))); }
   bool arithmetic(Statement& s) {
     const string &op = s.op, &type = s.type;
+    static const std::set<string> known{"rn", "rm", "ftz", "approx", "lo"};
+    for (size_t k = 1; k + 1 < s.parts.size(); ++k) if (!known.count(s.parts[k])) return false;
     const u32 own = lane_bytes_of(type);
     const bool ftz = s.has("ftz");
     if (op == "add" || op == "sub" || op == "mul" || op == "min" || op == "max") {
       take_all(s, {own, own, own});
-      if (s.has("rm") || s.has("rp") || s.has("rz")) return true;
+      if (s.has("rm") || (bytes_of(type) == 2 && (op == "min" || op == "max")) || type == "f16" || type == "bf16" || type == "bf16x2") return true;
       if (type == "f32") code.run = ftz ? binary<float, flush>(op) : binary<float, [](float a) { return a; }>(op);
       else if (type == "f64") code.run = binary<double, [](double a) { return a; }>(op);
       else if (type == "f16x2") code.run = op == "mul" ? map2<u32, u32, u32, by_halves<[](float a, float b) { return a * b; }>>

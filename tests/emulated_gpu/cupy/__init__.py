@@ -27,7 +27,7 @@ CAPABILITY = os.environ.get("EMULATED_CAPABILITY", "90")
 LIMIT = int(os.environ.get("EMULATED_LIMIT", "150_000_000"))
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"cuflash_emulated_gpu_{os.getuid()}"
 # With the driver's name, so that who asks for the driver finds it loaded.
-COMPILER = ["g++", "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+COMPILER = ["g++", "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
 
 
 def _cached(suffix, make, *parts):
@@ -181,7 +181,8 @@ class ndarray(NDArrayOperatorsMixin):
     def __setitem__(self, index, value):
         if isinstance(value, numpy.ndarray) and value.ndim:
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-        self._numbers[_unwrap(index)] = _unwrap(value)
+        with numpy.errstate(all="ignore"):
+            self._numbers[_unwrap(index)] = _unwrap(value)
 
     def __len__(self):
         return len(self._numbers)
@@ -208,6 +209,8 @@ class ndarray(NDArrayOperatorsMixin):
         return format(self._numbers.item() if self._numbers.ndim == 0 else self._numbers, form)
 
     def __getattr__(self, name):
+        if name.startswith("__array_"):
+            raise AttributeError(name)
         value = getattr(self._numbers, name)
         if callable(value):
             return lambda *args, **options: _call(value, args, options, self)
@@ -245,8 +248,14 @@ def _wrap(x):
 
 
 def _call(function, args, options, own=None):
-    """What NumPy's function gives; the array itself where it gives one of those it was given."""
-    result = function(*_unwrap(args), **{name: _unwrap(value) for name, value in options.items()})
+    """What NumPy's function gives; the array itself where it gives one of those it was given. NumPy's own arrays are let in by few functions only."""
+    if function not in (numpy.asarray, numpy.array, numpy.ascontiguousarray):
+        for x in (*args, *options.values()):
+            for y in x if isinstance(x, (tuple, list)) else (x,):
+                if isinstance(y, numpy.ndarray) and y.ndim:
+                    raise TypeError(f"Unsupported type {type(y)}")
+    with numpy.errstate(all="ignore"):  # CuPy does not warn
+        result = function(*_unwrap(args), **{name: _unwrap(value) for name, value in options.items()})
     for x in (own, *args, *options.values()):
         for y in x if isinstance(x, tuple) else (x,):
             if isinstance(y, ndarray) and y._numbers is result:
@@ -371,7 +380,8 @@ class Function:
         self._program = _loaded[key]
 
     def __call__(self, grid, block, args, shared_mem=0):
-        if shared_mem > self.max_dynamic_shared_size_bytes or grid[0] < 1:
+        most = _ATTRIBUTES["cudaDevAttrMaxSharedMemoryPerBlockOptin"]
+        if not 0 <= shared_mem <= min(self.max_dynamic_shared_size_bytes, most) or len(grid) != 1 or len(block) != 1 or grid[0] < 1:
             raise RuntimeError(f"cudaErrorInvalidValue: {grid=}, {shared_mem=}")
         words = [numpy.ascontiguousarray(numpy.uint64(arg.data.ptr) if isinstance(arg, ndarray) else arg) for arg in args]
         addresses, sizes = (ctypes.c_void_p * len(words))(*(x.ctypes.data for x in words)), (ctypes.c_uint32 * len(words))(*(x.nbytes for x in words))
@@ -384,9 +394,11 @@ class Function:
 
 class RawModule:
     def __init__(self, code, options=(), name_expressions=()):
-        self._code, self._options = code, options
+        self._code, self._options, self._names = code, options, name_expressions
 
     def get_function(self, name):
+        if name not in self._names:
+            raise RuntimeError(f"cudaErrorNotFound: {name}")
         return Function(self._code, self._options, name)
 
 
