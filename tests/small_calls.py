@@ -42,7 +42,17 @@ def main():
                 lengths, offsets = cupy.array([200, 300]), cupy.array([0, 100, 100, 270], numpy.int32)
                 bias, mask = normal(4, 270, 304, dtype=parts), cupy.asarray(rng.random((270, 304)) < 0.9)
                 slopes = {"alibi_slopes": cupy.array([0.5, 0.1, 0.0, -0.1], "f4")}
-                for options in ({}, {"causal": True}, {"bias": bias}, {"mask": mask}, slopes, {"kv_lengths": lengths}, {"window": (50, 20), "softcap": 5.0}):
+                several = (
+                    {},
+                    {"causal": True},
+                    {"bias": bias},
+                    {"mask": mask},
+                    slopes,
+                    {"kv_lengths": lengths},
+                    {"window": (50, 20), "softcap": 5.0},
+                    {"dropout": 0.1, "seed": 7},
+                )
+                for options in several:
                     out, lse = cuflash.attention_forward(q, k, v, **options)
                     for deterministic in (False, True):
                         cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=deterministic, **options)
