@@ -5,17 +5,12 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import hypothesis
 import numpy
 import pytest
-
-if os.environ.get("CUFLASH_EMULATED_GPU"):  # before CuPy is imported
-    sys.path.insert(0, str(Path(__file__).parent / "emulated_gpu"))
-
 from support import HAS_GPU, Arrays, cupy, sources_sha256
 
 from cuflash import numpy_backend

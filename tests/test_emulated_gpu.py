@@ -1,6 +1,7 @@
 """Kernels on the emulated GPU (emulated_gpu/), which reports races: the faults of some are seen, and calls of the library have none.
 
-Any of the GPU's tests run there: CUFLASH_EMULATED_GPU=1 python -m pytest -m gpu tests/test_window.py, and EMULATED_WATCH=1 in front for races.
+Others of the GPU's tests run there too: PYTHONPATH=tests/emulated_gpu python -m pytest -m gpu tests/test_out_argument.py, with EMULATED_WATCH=1 in front for
+races.
 """
 
 import json
@@ -50,7 +51,7 @@ FAULTS = {
 def emulated(*command, **environment):
     """What a Python program prints that runs on the emulated GPU, and how it ends."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV", "CUFLASH_", "EMULATED_"))}
-    environment = inherited | {"CUFLASH_EMULATED_GPU": "1", "EMULATED_WATCH": "1", "PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}"} | environment
+    environment = inherited | {"EMULATED_WATCH": "1", "PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}"} | environment
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 

@@ -44,12 +44,13 @@ template <class T, auto F> void atomic(Warp& warp, const Instruction& code, u32 
 inline void finish_copy(Warp& warp, const LaneCopy& copy) {
   u8* target = shared_at(warp, copy.target, 16);
   memset(target, 0, 16);
-  if (copy.bytes) memcpy(target, (check_alignment(copy.source, 16), device_at(copy.source, 1), (void*)copy.source), copy.bytes);
+  if (copy.bytes) memcpy(target, (void*)copy.source, copy.bytes);
 }
 inline void cp_async(Warp& warp, const Instruction& code, u32 lanes) {   // target, source, bytes
   for_lanes(lanes, [&](int lane) {
     const LaneCopy copy{warp.copy_group[lane], warp.operand<u32>(code, 0)[lane], warp.operand<u64>(code, 1)[lane], warp.operand<u32>(code, 2)[lane]};
     shared_at(warp, copy.target, 16);
+    if (copy.bytes) check_alignment(copy.source, 16);
     if (copy.bytes > 16 || (copy.bytes && !allocated(copy.source, copy.bytes))) fail("cp.async: " + text(copy.bytes) + " bytes at " + text(copy.source) + " are not allocated");
     if (watching) note_copy(warp, copy.target, 16, code.line, warp.id, Word::IN_FLIGHT);
     if (watching || warp.random() & 1) warp.copies[lane].push_back(copy);

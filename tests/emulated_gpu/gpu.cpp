@@ -3,7 +3,8 @@
 // A launch keeps some blocks resident, starts the others in order as these end, and goes on with one warp at a time, for as many instructions as a seed
 // draws. Of the lanes of a warp those that are furthest behind go first; they wait for others only where an instruction names both. So the order differs
 // from seed to seed, and what a kernel's barriers do not order shows up as a wrong result, or (gpu_watch) is reported as a race. Every access of
-// device memory is checked against the allocations, and every copy and reduction that a GPU makes on its own happens late (copies.h). What it does not have: caches, clusters, time.
+// device memory is checked against the allocations, and every copy and reduction that a GPU makes on its own happens late (copies.h). What it does not have:
+// caches, clusters, time.
 #include "parser.h"
 
 // ---------------------------------------------------------------- a warp
@@ -132,7 +133,6 @@ static std::unique_ptr<Block> start_block(Launch& launch, u32 id, u32 shared_byt
     }
     block->warps.push_back(std::move(warp));
   }
-  if (block->warps.size() > MOST_WARPS) fail(text(launch.threads) + " threads");
   return block;
 }
 static string places(const Block& block) {
@@ -194,6 +194,7 @@ void* gpu_load(const char* ptx, const char* entry) {
 s64 gpu_launch(void* program, u32 grid, u32 threads, u32 shared_bytes, u32 count, const void** parameters, const u32* bytes, u64 seed, u32 resident, u64 limit) {
   try {
     Launch launch{(Program*)program, grid, threads, {}, std::mt19937_64(seed)};
+    if (threads > 32 * MOST_WARPS) fail(text(threads) + " threads");
     if (count != launch.program->parameters) fail(text(count) + " parameters");
     for (u32 k = 0; k < count; ++k) launch.parameters.emplace_back((const u8*)parameters[k], (const u8*)parameters[k] + bytes[k]);
     execute(launch, shared_bytes, resident, limit);

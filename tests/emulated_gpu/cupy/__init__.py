@@ -34,7 +34,7 @@ def _cached(suffix, make, *parts):
     """The file of this content, made once for all processes."""
     path = CACHE / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + suffix)
     if not path.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
         own = path.with_suffix(f".{os.getpid()}")
         make(own)
         own.rename(path)
@@ -219,7 +219,7 @@ class ndarray(NDArrayOperatorsMixin):
 
 def _memory_of(array):
     while array is not None and not isinstance(array, _Memory):
-        array = array.base if isinstance(array, numpy.ndarray) else None
+        array = getattr(array, "base", None)  # that of as_strided is no array
     return array
 
 
