@@ -23,7 +23,6 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int WARPS, int ROW_TILES, 
 struct SharingPlaces {
   Place place;
 
-  __device__ __forceinline__ SharingPlaces(const Problem& problem) : place(problem, 0, problem.heads) {}
   static __device__ __forceinline__ int count(const Problem& problem) {
     int n = problem.dbias.head_stride ? 1 : problem.heads;
 #pragma unroll

@@ -19,7 +19,7 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
   int first;
 
   __device__ __forceinline__ RowBlock(const Problem& problem)
-      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
+      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads, problem.by_heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 

@@ -16,6 +16,23 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
   init_ring(base, Tiles::DO_FULL, 1, Tiles::DO_EMPTY, 8, DO_STAGES);
 }
 
+// make() makes the barriers, in the thread that loads, which goes on at once; the others wait for it. A block of 384 threads, of which the last 128 load.
+template <typename Make> __device__ __forceinline__ void make_barriers(const BackwardTensorMaps& maps, Make make) {
+  constexpr int ID = 15, LOADER = 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == LOADER) {
+    if (lane == 0) {
+      make();
+      barrier_init_fence();
+    }
+    __syncwarp();
+    named_barrier_arrive(ID, 384);
+  } else {
+    if (warp == LOADER + 1 && lane < 4) prefetch_tensor_map(lane == 0 ? maps.k : lane == 1 ? maps.q : lane == 2 ? maps.v : maps.dout);
+    named_barrier_sync(ID, 384);
+  }
+}
+
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
 template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
@@ -86,9 +103,10 @@ template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinli
   });
 }
 
-// dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `row`: the lane's first key, of the block.
+// dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `row`: the lane's first key, of the block. `scratch`: 2 KiB of
+// shared memory that nobody else needs any more, or 0.
 template <int PRECISION, int OPTIONS, typename Block, int COUNT>
-__device__ __forceinline__ void store_key_gradient(const Problem& problem, const Block& block, const Array& array, float (&d)[COUNT][4], float factor, int row, int lane) {
+__device__ __forceinline__ void store_key_gradient(const Problem& problem, const Block& block, const Array& array, float (&d)[COUNT][4], float factor, int row, int lane, u32 scratch = 0) {
   using Element = typename ElementOf<PRECISION>::type;
   Place place = block.place;
   if (problem.partial) place.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
@@ -102,7 +120,17 @@ __device__ __forceinline__ void store_key_gradient(const Problem& problem, const
 #pragma unroll
       for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
   }
-  if (problem.partial) store_floats(d, place.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
-  else if constexpr (sizeof(Element) == 4) store_float_output(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
+  if (problem.partial) {
+    store_floats(d, place.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
+    return;
+  }
+  if constexpr (sizeof(Element) == 2) {
+    Element* first = place.rows<Element>(array) + (first_row + row - lane / 4) * array.row_stride;
+    if (scratch && uniform(whole_chunks(first, array.row_stride, array.columns))) {
+      store_output_in_lines<PRECISION, COUNT * 8>(d, first, array.row_stride, rows - (row - lane / 4), array.columns, lane, scratch);
+      return;
+    }
+  }
+  if constexpr (sizeof(Element) == 4) store_float_output(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
   else store_output<PRECISION, COUNT * 8>(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
 }

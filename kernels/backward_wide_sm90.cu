@@ -39,14 +39,12 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
 
-  if (threadIdx.x == 0) {
+  make_barriers(maps, [&] {
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
     init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 1);
-    barrier_init_fence();
-  }
-  __syncthreads();
+  });
 
   if (warpgroup == 2) {
     give_registers<Tiles::LOADING_REGISTERS>();

@@ -35,7 +35,7 @@ template <int PARTS, int BOXES, int OPTIONS, int ROWS, bool KEYS, bool VALUES = 
   const int* offsets = KEYS ? problem.cu_k : problem.cu_q;
   const u32 slots = tile_slots<OPTIONS>(problem, total, ROWS), slot = index % slots, heads = own_heads(problem, to);
   index /= slots;
-  Place place(problem, 0, 1);
+  Place place;
   place.head = index % heads * to.group;
   index /= heads;
   bool shared = false;   // by batch entries, which may have other lengths

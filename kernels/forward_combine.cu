@@ -10,7 +10,7 @@ template <int PRECISION, int VALUE_DIM> __global__ void __launch_bounds__(128) f
   __shared__ float sums[4][VALUE_DIM];
   const i64 rows = (i64)problem.grid_places * problem.queries, at = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Place place(problem, (u32)(at / problem.queries), problem.grid_heads);
+  const Place place(problem, (u32)(at / problem.queries), problem.grid_heads, problem.by_grid_heads);
   const i64 row = at % problem.queries;
   const float* lse_of = problem.partial_lse + at;
   const float* out_of = problem.partial_out + at * VALUE_DIM + lane;

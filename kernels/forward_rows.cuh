@@ -87,6 +87,33 @@ __device__ __forceinline__ void store_output(const float (&output)[COLUMNS / 8][
   }
 }
 
+#if __CUDA_ARCH__ >= 900
+// The same by way of 2 KiB of shared memory that the warp has to itself, 64 columns at a time, which are whole lines in device memory. `first`: where the rows'
+// whole chunks begin; `rows`, of 16, exist.
+template <int PRECISION, int COLUMNS>
+__device__ __forceinline__ void store_output_in_lines(const float (&output)[COLUMNS / 8][4], typename ElementOf<PRECISION>::type* first, i64 row_stride, int rows, int columns, int lane, u32 scratch) {
+  // Rows of 128 bytes, swizzled: lanes 8 i to 8 i + 7 name the rows of matrix i of a store, and have a row each when it is read.
+  const u32 store_at = scratch + lane % 16 * 128, load_at = scratch + lane / 8 * 128;
+#pragma unroll
+  for (int box = 0; box < COLUMNS / 64; ++box) {
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      const auto& d = *(const float(*)[2][4])output[box * 8 + n];
+      const u32 words[4] = {pack<PRECISION>(d[0][0], d[0][1]), pack<PRECISION>(d[0][2], d[0][3]), pack<PRECISION>(d[1][0], d[1][1]), pack<PRECISION>(d[1][2], d[1][3])};
+      stmatrix(store_at + ((n + lane / 16 ^ lane % 8) << 4), words);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + lane / 8, column = box * 64 + lane % 8 * 8;
+      const uint4 x = load_shared_16_bytes(load_at + i * 512 + ((lane % 8 ^ row % 8) << 4));
+      if (row < rows && column < columns) *(uint4*)(first + row * row_stride + column) = x;
+    }
+    __syncwarp();
+  }
+}
+#endif
+
 // The same in float32, two neighbours at a time.
 template <int COUNT> __device__ __forceinline__ void store_float_output(const float (&output)[COUNT][4], float* target, i64 row_stride, int row, int rows, int columns, int lane) {
   const bool pairs = uniform((((unsigned long long)target | row_stride * 4) & 7) == 0);

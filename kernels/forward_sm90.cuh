@@ -111,9 +111,9 @@ template <typename Tile, typename Tiles, int OPTIONS> __device__ __forceinline__
     static_assert(sizeof(Tile) <= Tiles::QUERY_TILE_BYTES, "");
     tile.index = index;   // until further down: its register is needed
     u32 block_index = min(index, tiles - 1) / splits;
-    if (OPTIONS & STAGED_BIAS && problem.batches_together > 1) {   // batch entries that share a bias follow each other, so that they find it in L2
-      const u32 place = block_index / slots, entries = problem.batches_together;
-      block_index += (place % entries * problem.heads + place / entries - place) * slots;
+    if (OPTIONS & STAGED_BIAS && problem.batches_together > 1) {   // batch entries that share a bias take a tile of it one after the other, so that they find it in L2
+      const u32 entries = problem.batches_together;
+      block_index = block_index % entries * (problem.heads * slots) + block_index / entries;
     }
     const typename Tile::Block block(problem, block_index);
     const bool last = index >= tiles;

@@ -13,7 +13,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
 
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
+      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     place.head *= problem.heads_per_block;
     const int first_query = visible.query_begin(first_key);

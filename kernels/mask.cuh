@@ -51,8 +51,11 @@ template <int ROW_TILES, int COLUMNS, bool ANYWHERE> struct MaskBits {
       for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (!both(bits[m][n / 4], 1 << n % 4 * 8 + i)) d[m][n][i] = hidden;
+          if (!seen(m, n, i)) d[m][n][i] = hidden;
   }
+
+  // Whether d[m][n][i] is.
+  __device__ __forceinline__ bool seen(int m, int n, int i) const { return both(bits[m][n / 4], 1 << n % 4 * 8 + i); }
 
   // a & b, written so that the compiler makes predicates of four neighbouring bits at once; of bit 0 it would make something else.
   static __device__ __forceinline__ u32 both(u32 a, u32 b) {

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(WARPS * 32) mask_words(const __grid_constant__
   u32 index = blockIdx.x;
   const int first_word = index % across * WORDS, first_row = index / across % down * ROWS;
   index /= across * down;
-  Place place(problem, 0, 1);
+  Place place;
   if (index) {   // one division and more for each dimension
     place.head = index % own_heads(problem, target) * target.group;
     index /= own_heads(problem, target);

@@ -18,6 +18,13 @@ struct Array {
   int pairs;     // bias: whether two neighbouring columns, the first of them even, can be read as one
 };
 
+// Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
+// finds its place by several divisions, one after the other, before it can ask for anything.
+struct Divisor {
+  u32 magic, shift;
+  __device__ __forceinline__ u32 quotient(u32 x) const { return (__umulhi(x, magic) + x) >> shift; }
+};
+
 // The factors of a call, where it is FLOAT64; elsewhere those of Problem.
 struct Factors {
   double keep_inverse, scale, score_unit, inverse_unit, softcap_scale;
@@ -68,6 +75,10 @@ struct Problem {
   float score_unit_log2;        // the same / ln 2: scores become exponents of 2
   float inverse_unit;           // 1 / score_unit
   float softcap_scale;          // scale / softcap
+  float softcap_terms[5];       // a product p, capped and in exponents of 2, is the sum of softcap_terms[i] p^(2 i + 1) (CappedExponential in score.cuh)
+  float softcap_most;           // if a lane's sum of p^4 is no more than this
+  Divisor by_heads, by_grid_heads, by_batch[BATCH_DIMS];
+  Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;
 };
 
@@ -91,8 +102,8 @@ struct Schedule {
   __device__ __forceinline__ Schedule(const Problem& problem, u32 block, u32 tiles) {
     const u32 sweep = problem.sweep_heads, places = problem.grid_places;
     const u32 first = block / (sweep * tiles) * sweep, within = block % (sweep * tiles), width = min(sweep, places - first);
-    place = first + within % width;
-    tile = within / width;
+    tile = (width == sweep ? problem.by_sweep : problem.by_last_sweep).quotient(within);
+    place = first + within - tile * width;
   }
 };
 
@@ -109,16 +120,18 @@ struct Place {
   int batch[BATCH_DIMS];
   int head;
 
+  // The first of all.
+  __device__ __forceinline__ Place() : batch{}, head(0) {}
   // flat: batch · heads, the head fastest
-  __device__ __forceinline__ Place(const Problem& problem, u32 flat, u32 heads) {
-    head = flat % heads;
-    flat /= heads;
+  __device__ __forceinline__ Place(const Problem& problem, u32 flat, u32 heads, const Divisor& by_heads) {
+    u32 rest = by_heads.quotient(flat);
+    head = flat - rest * heads;
 #pragma unroll
     for (int i = BATCH_DIMS - 1; i > 0; --i) {
-      batch[i] = flat % (u32)problem.batch[i];
-      flat /= (u32)problem.batch[i];
+      flat = rest, rest = problem.by_batch[i].quotient(flat);
+      batch[i] = flat - rest * problem.batch[i];
     }
-    batch[0] = flat;
+    batch[0] = rest;
   }
 
   __device__ __forceinline__ i64 flat(const Problem& problem) const {
@@ -130,7 +143,7 @@ struct Place {
 
   // First element of this place's rows of an array.
   template <typename Element> __device__ __forceinline__ Element* rows(const Array& array) const {
-    i64 at = (i64)(head / array.group) * array.head_stride;
+    i64 at = (i64)(array.group == 1 ? head : head / array.group) * array.head_stride;
 #pragma unroll
     for (int i = 0; i < BATCH_DIMS; ++i) at += batch[i] * array.batch_stride[i];
     return (Element*)array.data + at;

@@ -54,23 +54,27 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     }
   }
 
-  // exponential(score, shift) of two rows: `keep(n, row, p)` is given each pair of neighbours, tile_sum what they add up to.
-  template <typename Exponential, typename Keep>
-  __device__ __forceinline__ void exponentials(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
+  // Probabilities of two rows, weight(n, 2 * row + i, shift) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, tile_sum
+  // what they add up to.
+  template <typename Weight, typename Keep> __device__ __forceinline__ void weights(Weight weight, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
+    tile_sum[0] = tile_sum[1] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      tile_sum[row] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
+    for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-      for (int n = 0; n < COLUMNS / 8; ++n) {
+      for (int row = 0; row < 2; ++row) {
         Real p[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          p[i] = exponential(scores[n][2 * row + i], against[row]);
+          p[i] = weight(n, 2 * row + i, against[row]);
           tile_sum[row] += p[i];
         }
         keep(n, row, p);
       }
-    }
+  }
+  // The same with weights exponential(score, shift).
+  template <typename Exponential, typename Keep>
+  __device__ __forceinline__ void exponentials(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
+    weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, against, tile_sum, keep);
   }
 
   // Probabilities of a tile, against shifts that raise() has seen to.
@@ -98,11 +102,15 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
   // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+    return try_weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, keep, [] { return true; });
+  }
+  // The same by weights; `holds()`, asked after them: what else has to be so.
+  template <typename Weight, typename Keep, typename Holds> __device__ __forceinline__ bool try_weights(Weight weight, Keep keep, Holds holds) {
     Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
     if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
-    exponentials(scores, exponential, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;
+    weights(weight, against, tile_sum, keep);
+    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST || !holds())) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
     return true;

@@ -29,6 +29,7 @@ VIEW = numpy.dtype(
     + [(name, "i4") for name in ("group", "columns", "pairs")],
     align=True,
 )
+DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")], align=True)
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
@@ -38,7 +39,9 @@ LAYOUT = numpy.dtype(
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
-    + [("float64", FACTORS)],
+    + [("softcap_terms", "f4", 5), ("softcap_most", "f4")]
+    + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
+    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -177,13 +180,40 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         record["float64"] = tuple(factors[name] for name in FACTORS.names)
     else:
         values |= factors | {"score_unit_log2": unit / math.log(2)}
+        if problem.softcap:
+            values |= _softcap_terms(problem.softcap, factors["softcap_scale"])
     values |= numbers
     for name in ("grid_places", "padded_queries"):
         if values.get(name, 0) >= 2**31:
             raise ValueError(f"the call has {values[name]} {name.replace('_', ' ')}; allowed on a GPU: fewer than 2**31. Split the batch")
     for name, value in values.items():
         record[name] = value
+    sweep_heads = int(record["sweep_heads"]) or 1
+    divisors = {"heads": record["heads"], "grid_heads": record["grid_heads"], "sweep": sweep_heads, "last_sweep": int(record["grid_places"]) % sweep_heads or 1}
+    for name, divisor in divisors.items():
+        record[f"by_{name}"] = _divisor(int(divisor))
+    record["by_batch"] = [_divisor(int(length)) for length in record["batch"]]
     return record.tobytes()
+
+
+def _divisor(divisor):
+    """struct Divisor of kernels/problem.cuh."""
+    shift = (divisor - 1).bit_length()
+    return (2**32 * (2**shift - divisor) // divisor + 1, shift) if divisor else (0, 0)
+
+
+# tanh(x) = the sum of TANH_TERMS[i] x^(2 i + 1), to 7e-6 of it for |x| <= 1 (least squares, weighted until the largest errors are equal).
+TANH_TERMS = (0.999993089, -0.332980648, 0.130368089, -0.044817511, 0.00903639975)
+
+
+def _softcap_terms(softcap, scale):
+    """The capped product in exponents of 2 as a polynomial of the product, and for which products (CappedExponential in score.cuh): none where float32 is too narrow."""
+    limits = numpy.finfo(numpy.float32)
+    if 2.0**-12 <= abs(scale) <= 2.0**12:
+        terms = [softcap / math.log(2) * term * scale ** (2 * i + 1) for i, term in enumerate(TANH_TERMS)]
+        if all(limits.tiny <= abs(term) <= limits.max for term in terms):
+            return {"softcap_terms": terms, "softcap_most": scale**-4}
+    return {"softcap_most": -1.0}
 
 
 def _merge(batch, strides):

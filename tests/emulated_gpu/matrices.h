@@ -21,6 +21,19 @@ inline void ldmatrix(Warp& warp, const Instruction& code, u32) {   // words of `
     }
 }
 
+inline void stmatrix(Warp& warp, const Instruction& code, u32) {   // address, words of `count` matrices
+  const u32 *addresses = warp.operand<u32>(code, code.count), count = code.count;
+  for (u32 k = 0; k < 8 * count; ++k) {
+    u16 row[8];
+    for (int column = 0; column < 8; ++column) row[column] = warp.operand<u32>(code, k / 8)[k % 8 * 4 + column / 2] >> column % 2 * 16;
+    const u32 at = addresses[k] + (u32)code.number;
+    u8* to = shared_at(warp, at, 16);
+    warp.unfenced = ALL;
+    if (watching) note_write(warp, at, 16, code.line, (const u8*)row, to);
+    memcpy(to, row, 16);
+  }
+}
+
 inline void mma(Warp& warp, const Instruction& code, u32) {   // d 4, a 4, b 2, c 4
   const bool single = code.element == TFLOAT32;   // numbers of a word
   const int depth = single ? 8 : 16;

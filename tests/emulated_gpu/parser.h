@@ -302,6 +302,9 @@ class Parser {
     if (s.op == "ldmatrix") {
       code.count = code.written = list_of(s.arguments[0]).size(), code.mode = s.has("trans"), code.run = ldmatrix;
       take_list(s.arguments[0], 4), take_address(s.arguments[1]);
+    } else if (s.op == "stmatrix") {
+      code.count = list_of(s.arguments[1]).size(), code.written = 0, code.run = stmatrix;
+      take_list(s.arguments[1], 4), take_address(s.arguments[0]);
     } else if (s.op == "mma") {
       const bool wide = s.type == "f64";
       for (const string& group : s.arguments) take_list(group, wide ? 8 : 4);
