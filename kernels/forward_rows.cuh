@@ -103,13 +103,13 @@ __device__ __forceinline__ void store_output_in_lines(const float (&output)[COLU
       stmatrix(store_at + ((n + lane / 16 ^ lane % 8) << 4), words);
     }
     __syncwarp();
+    uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + lane / 8, column = box * 64 + lane % 8 * 8;
-      const uint4 x = load_shared_16_bytes(load_at + i * 512 + ((lane % 8 ^ row % 8) << 4));
-      if (row < rows && column < columns) *(uint4*)(first + row * row_stride + column) = x;
-    }
+    for (int i = 0; i < 4; ++i) x[i] = load_shared_16_bytes(load_at + i * 512 + ((lane % 8 ^ (i * 4 + lane / 8) % 8) << 4));
     __syncwarp();
+    const int column = box * 64 + lane % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_16_bytes_if(i * 4 + lane / 8 < rows && column < columns, first + (i * 4 + lane / 8) * row_stride + column, x[i]);
   }
 }
 #endif

@@ -16,6 +16,9 @@ struct Array {
   int group;     // consecutive query heads that share one head of this array
   int columns;   // columns that exist; a kernel's tile may be wider and then reads zeros
   int pairs;     // bias: whether two neighbouring columns, the first of them even, can be read as one
+
+  // Which of the array's heads a query head has.
+  __device__ __forceinline__ int head_of(int head) const { return group == 1 ? head : head / group; }
 };
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
@@ -143,7 +146,7 @@ struct Place {
 
   // First element of this place's rows of an array.
   template <typename Element> __device__ __forceinline__ Element* rows(const Array& array) const {
-    i64 at = (i64)(array.group == 1 ? head : head / array.group) * array.head_stride;
+    i64 at = (i64)array.head_of(head) * array.head_stride;
 #pragma unroll
     for (int i = 0; i < BATCH_DIMS; ++i) at += batch[i] * array.batch_stride[i];
     return (Element*)array.data + at;

@@ -23,7 +23,7 @@ __device__ __forceinline__ void init_ring(u32 base, int full, int writers, int e
 struct BoxPlace {
   int head, batch, outer;
   __device__ __forceinline__ BoxPlace(const Array& array, const Place& place)
-      : head(array.head_stride ? place.head / array.group : 0), batch(array.batch_stride[3] ? place.batch[3] : 0), outer(array.batch_stride[2] ? place.batch[2] : 0) {}
+      : head(array.head_stride ? array.head_of(place.head) : 0), batch(array.batch_stride[3] ? place.batch[3] : 0), outer(array.batch_stride[2] ? place.batch[2] : 0) {}
 
   __device__ __forceinline__ void load(const TensorMap& map, u32 target, int column, int row, u32 barrier) const { load_box(target, map, column, row, head, batch, outer, barrier); }
   // All columns of the rows from `row` on, 64 columns a box, after announcing them and `more_bytes` to the barrier.

@@ -60,6 +60,11 @@ __device__ __forceinline__ double maximum(double x, double y) { return y > x ? y
 __device__ __forceinline__ void store_pair(float* to, float x, float y) { *(float2*)to = make_float2(x, y); }
 __device__ __forceinline__ void store_pair(double* to, double x, double y) { *(double2*)to = make_double2(x, y); }
 
+// 16 bytes to device memory, by a predicate: a branch would take the time of each store in turn.
+__device__ __forceinline__ void store_16_bytes_if(bool wanted, void* to, uint4 x) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %0, 0;\n@wanted st.global.v4.b32 [%1], {%2,%3,%4,%5};\n}" :: "r"((int)wanted), "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // Whether rows of device memory can be read and written 16 bytes at a time.
 template <typename Element> __device__ __forceinline__ bool whole_chunks(const Element* row, i64 row_stride, int columns) {
   return (((unsigned long long)row | (unsigned long long)row_stride * sizeof(Element) | (unsigned long long)columns * sizeof(Element)) & 15) == 0;
