@@ -91,34 +91,6 @@ template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline
   }
 }
 
-// The turns of one thread that adds by bulk reductions, IN_ORDER: it has the word `part` of a tile's. What it asked for is told to the next block when the thread comes
-// by again, as it then has been added.
-template <int QUERY_TILE, typename Block, bool IN_ORDER> struct Turns {
-  int part, end_of_previous;
-  u32 turn;
-  u32 *words, *last = nullptr;   // of the head's first tile, and of the tile before
-
-  __device__ __forceinline__ explicit Turns(int part) : part(part) {}
-  __device__ __forceinline__ void begin(const Problem& problem, const Block& block) {
-    if (!IN_ORDER) return;
-    const i64 row = block.sequence.padded_row(problem, block.place);
-    words = problem.row_turn + row + part, turn = block.slot.tile;
-    end_of_previous = problem.sequences && problem.row_turn[OFFSETS_DESCEND] ? 0 : block.end_of_previous();   // the sums are of no use then, and nobody may be there to wait for
-  }
-  __device__ __forceinline__ void end() {
-    if (!IN_ORDER || !last) return;
-    wait_until_added();
-    store_release(last, turn + 1);
-  }
-  __device__ __forceinline__ void wait(int tile) {
-    if (!IN_ORDER) return;
-    end();
-    last = words + tile * QUERY_TILE;
-    if (tile < end_of_previous) wait_for_value(last, turn);
-  }
-  __device__ __forceinline__ void next_head(const Problem& problem) { if (IN_ORDER) words += problem.padded_queries; }
-};
-
 // The same for warps that add from their registers: it is their turn, and they have.
 template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinline__ void give_turns(const Problem& problem, u32 base) {
   Ring<1> ring;

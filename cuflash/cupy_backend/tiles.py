@@ -178,17 +178,6 @@ class BackwardSm90Tile(_Parameters):
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardNarrowSm90Tile(_Parameters):
-    stages: int  # of Q and dO
-
-    kernel, threads, key_tile, query_tile = "backward_narrow_sm90", 384, 128, 64
-
-    def shared_bytes(self, dims, in_order=False):
-        rows = self.key_tile * sum(dims) + 64 * (self.stages * sum(dims) + 3 * self.key_tile)  # three times dS
-        return rows * 2 + 2 * 64 * 64 * 4 + 2 * self.stages * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 8) + 128
-
-
-@dataclasses.dataclass(frozen=True)
 class BackwardWideSm90Tile(_Parameters):
     query_stages: int
     output_stages: int  # of dO
@@ -389,13 +378,13 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
 BACKWARD_SM90 = {
-    (64, 64): BackwardNarrowSm90Tile(4),
+    (64, 64): BackwardSm90Tile(128, 128, 2, 2),
     (128, 128): BackwardSm90Tile(64, 64, 2, 2),
     (192, 192): BackwardWideSm90Tile(2, 2),
     (256, 256): BackwardWideSm90Tile(2, 2),
 }
 # For options that these leave too few registers: half as many scores at once. Not timed against others.
-BACKWARD_SM90_WITH_OPTIONS = {(64, 64): BackwardNarrowSm90Tile(4), (128, 128): BackwardSm90Tile(64, 32, 2, 2)}
+BACKWARD_SM90_WITH_OPTIONS = {(64, 64): BackwardSm90Tile(128, 64, 2, 2), (128, 128): BackwardSm90Tile(64, 32, 2, 2)}
 # Float32 arrays in parts: the fastest of two to four each on an H200, 1,024 to 16,384 steps.
 BACKWARD_SM90_PARTS = {
     "float32": {(64, 64): BackwardPartsSm90Tile(3, 3, 4), (128, 128): BackwardPartsSm90Tile(2, 2, 2)},
