@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_bias_sm80(
   const int slot = index % slots;
   index /= slots;   // which (batch, head) of the bias
 
-  SharingPlaces sharing(problem);
+  SharingPlaces sharing;
   sharing.move_to(problem, index, 0);
   const Place first_place = sharing.place;
   int query_tiles = rows ? 1 : query_slots;   // how many the block walks over

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
 
-  make_barriers(maps, [&] {
+  make_barriers([&] {
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 
   auto store = [&](const Block& block) {
     const int row = key_row + lane / 4;
-    const u32 scratch = base + Tiles::V + key_row * 128;   // where the warp's values were: all threads are done with them since dSᵀ of the last tile was full
+    constexpr bool MAKES_BIAS = (OPTIONS & BIAS_GRADIENT) != 0, FEW_REGISTERS = (OPTIONS & BIAS && !MAKES_BIAS) || ((IN_ORDER || MAKES_BIAS) && OPTIONS & (WINDOW | PACKED | LENGTHS));
+    const u32 scratch = FEW_REGISTERS ? 0 : base + Tiles::V + key_row * 128;   // where the warp's values were: all threads are done with them since dSᵀ of the last tile was full
     store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane, scratch);
     store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
   };

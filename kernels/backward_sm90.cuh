@@ -17,18 +17,16 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
 }
 
 // make() makes the barriers, in the thread that loads, which goes on at once; the others wait for it. A block of 384 threads, of which the last 128 load.
-template <typename Make> __device__ __forceinline__ void make_barriers(const BackwardTensorMaps& maps, Make make) {
+template <typename Make> __device__ __forceinline__ void make_barriers(Make make) {
   constexpr int ID = 15, LOADER = 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == LOADER) {
-    if (lane == 0) {
+  if (threadIdx.x / 32 == LOADER) {
+    if (threadIdx.x % 32 == 0) {
       make();
       barrier_init_fence();
     }
     __syncwarp();
     named_barrier_arrive(ID, 384);
   } else {
-    if (warp == LOADER + 1 && lane < 4) prefetch_tensor_map(lane == 0 ? maps.k : lane == 1 ? maps.q : lane == 2 ? maps.v : maps.dout);
     named_barrier_sync(ID, 384);
   }
 }

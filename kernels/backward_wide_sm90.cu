@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
 
-  make_barriers(maps, [&] {
+  make_barriers([&] {
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
@@ -89,8 +89,9 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     dq_ring.advance();
     constexpr int COUNT = sizeof(dq) / 16;
     if (IN_ORDER) turn_ring.wait_full(base + Tiles::TURN);
+    float* own = tile_at + (first_box * 4 + warp) * 1024 + lane * 4;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) reduce_add(tile_at + (((first_box + n / 8) * 4 + warp) * 8 + n % 8) * 128 + lane * 4, dq[n]);
+    for (int n = 0; n < COUNT; ++n) reduce_add(own + n / 8 * 4096 + n % 8 * 128, dq[n]);
     if (IN_ORDER) {
       __syncwarp();
       arrive(Tiles::ADDED);

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   constexpr bool TURNS = WARPGROUPS == 2;
   // Products are turned into scores beside the exponentials of these, whose unit leaves the others time, and in place only where that has not come off.
   constexpr int CHANGE = OPTIONS & (SCALE_FIRST | SOFTCAP | BIAS | STAGED_BIAS | MASK | ALIBI);
-  constexpr bool AT_ONCE = !PARTS && (CHANGE == SOFTCAP || CHANGE == (BIAS | STAGED_BIAS) || CHANGE == MASK);
+  constexpr bool AT_ONCE = !PARTS && !(OPTIONS & DROPOUT) && (CHANGE == (BIAS | STAGED_BIAS) || CHANGE == MASK);
+  constexpr bool DROPS_AT_ONCE = (OPTIONS & DROPOUT) && !PARTS && CHANGE == 0;   // and so are random numbers made, where there are registers
   constexpr bool SCORES_AFTER_OUTPUT = PARTS && ((OPTIONS & BIAS) != 0 || ((OPTIONS & MASK) != 0 && (OPTIONS & (SOFTCAP | ALIBI | DROPOUT)) != 0));   // what they take needs the registers
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   // With parts registers are short: what follows from the warpgroup's number is worked out where it is needed.
@@ -189,10 +190,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
-  auto weight_at_once = [&](const CappedExponential& capped, int n, int i, float shift) {   // AT_ONCE: of a product
+  auto weight_at_once = [&](int n, int i, float shift) {   // AT_ONCE: of a product
     const float product = scores[0][n][i];
-    if constexpr ((OPTIONS & SOFTCAP) != 0) return capped(product, shift);
-    else if constexpr ((OPTIONS & MASK) != 0) return exponential(mask.seen(0, n, i) ? product : -infinity(), shift);
+    if constexpr ((OPTIONS & MASK) != 0) return exponential(mask.seen(0, n, i) ? product : -infinity(), shift);
     else return exponential(product, fmaf(to_float(Element{(u16)(bias[n][i / 2] >> i % 2 * 16)}), -Exp::LOG2_E, shift));
   };
   KeptElements kept;   // DROPOUT: of the tile at hand
@@ -203,11 +203,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       high = scale_pair(high);
       p_low[n / 2][n % 2 * 2 + row] = pack<FLOAT16>(fmaf(pair[0], PARTS_SCALE, -to_float(half_t{(u16)high})), fmaf(pair[1], PARTS_SCALE, -to_float(half_t{(u16)(high >> 16)})));
     }
-    if constexpr ((OPTIONS & DROPOUT) != 0) {
-      const u32 mask = kept.mask(problem, n, row);
-      high &= mask;
-      if constexpr (PARTS == 2) p_low[n / 2][n % 2 * 2 + row] &= mask;
-    }
+    if constexpr (DROPS_AT_ONCE) high &= kept.mask(problem, n, row);
   };
   auto begin_dropout = [&](const Tile& tile, int n) {
     if constexpr ((OPTIONS & DROPOUT) != 0)
@@ -218,8 +214,21 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 #pragma unroll
       for (int n = 0; n < VALUE_DIM / 8; ++n) output[n][2 * row] *= ratio, output[n][2 * row + 1] *= ratio;
     });
-    begin_dropout(tile, n);   // anew: what a first try made of it would take registers
+    if constexpr (DROPS_AT_ONCE) begin_dropout(tile, n);   // anew: what a first try made of it would take registers
     softmax.take(scores[0], exponential, keep);
+  };
+  auto drop = [&](const Tile& tile, int n) {
+    if constexpr ((OPTIONS & DROPOUT) != 0 && !DROPS_AT_ONCE) {
+      begin_dropout(tile, n);
+#pragma unroll
+      for (int n = 0; n < KEY_TILE / 8; ++n)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const u32 mask = kept.mask(problem, n, row);
+          p[n / 2][n % 2 * 2 + row] &= mask;
+          if constexpr (PARTS == 2) p_low[n / 2][n % 2 * 2 + row] &= mask;
+        }
+    }
   };
   auto bias_read = [&] {   // after the softmax: an arrival can overtake loads from shared memory whose values nobody has needed yet
     if constexpr ((OPTIONS & STAGED_BIAS) != 0) {
@@ -261,8 +270,6 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2>();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
-    // AT_ONCE: whether a polynomial for softcaps has held for this query tile so far. What takes no part may be anything, and must not decide how the rest is worked out.
-    bool small = !(OPTIONS & (PACKED | LENGTHS)) || uniform(tile.block.first_query) + warp_row + 16 <= uniform(tile.block.sequence.seeing());
     // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end), from here on steps of the walk. The others it only lets pass, or where
     // they come in between, hides.
     const int first = uniform(tile.keys.begin), last = uniform(tile.keys.end);
@@ -314,9 +321,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       arrive(Tiles::K_EMPTY + 8 * k_read);
       if (begin + 1 == end) arrive(Tiles::Q_EMPTY + 8 * warpgroup);
       score_tile(tile, keys, slope, at, side);
-      begin_dropout(tile, at);
+      if constexpr (DROPS_AT_ONCE) begin_dropout(tile, at);
       if ((OPTIONS & (ALIBI | SINKS)) || !softmax.try_start(scores[0], exponential, keep)) probabilities(tile, at);
       bias_read();
+      drop(tile, at);
 #pragma unroll 1
       for (int n = begin + 1; n < end; ++n) {
         const int at = walk.tile(n);
@@ -345,20 +353,16 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
           add_totals(n - begin > SEGMENT);
           take_totals();
         }
-        begin_dropout(tile, at);
+        if constexpr (DROPS_AT_ONCE) begin_dropout(tile, at);
         bool taken = false;
         if constexpr (AT_ONCE) {
-          CappedExponential capped(problem);
-          if (small && !keys.need_mask(at)) {
-            taken = softmax.try_weights([&](int n, int i, float shift) { return weight_at_once(capped, n, i, shift); }, keep, [&] { return capped.holds(); });
-            if (!taken) small = __all_sync(0xffffffff, capped.holds());
-            if (!taken) begin_dropout(tile, at);
-          }
+          if (!keys.need_mask(at)) taken = softmax.try_weights(weight_at_once, keep);
           if (!taken) score_tile(tile, keys, slope, at, side);
         }
         // Towards the diagonal scores grow a lot from tile to tile, away from it they fall.
         if (!taken && (((OPTIONS & ALIBI) && side != walk.outward(n)) || !softmax.try_take(scores[0], exponential, keep))) probabilities(tile, at);
         bias_read();
+        drop(tile, at);
       }
       multiply_p_v();
       wait_p_v(v_ring.stage);

@@ -5,6 +5,13 @@
 constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
+// Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
+// finds its place by several divisions, one after the other, before it can ask for anything.
+struct Divisor {
+  u32 magic, shift;
+  __device__ __forceinline__ u32 quotient(u32 x) const { return (__umulhi(x, magic) + x) >> shift; }
+};
+
 // A view (batch dimensions, heads, rows, columns); strides in elements, a stride of 0 where the array is broadcast. Columns lie side by side, but those of
 // mask and bias.
 struct Array {
@@ -14,18 +21,12 @@ struct Array {
   i64 row_stride;
   i64 column_stride;
   int group;     // consecutive query heads that share one head of this array
+  Divisor by_group;
   int columns;   // columns that exist; a kernel's tile may be wider and then reads zeros
   int pairs;     // bias: whether two neighbouring columns, the first of them even, can be read as one
 
   // Which of the array's heads a query head has.
-  __device__ __forceinline__ int head_of(int head) const { return group == 1 ? head : head / group; }
-};
-
-// Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
-// finds its place by several divisions, one after the other, before it can ask for anything.
-struct Divisor {
-  u32 magic, shift;
-  __device__ __forceinline__ u32 quotient(u32 x) const { return (__umulhi(x, magic) + x) >> shift; }
+  __device__ __forceinline__ int head_of(int head) const { return by_group.quotient(head); }
 };
 
 // The factors of a call, where it is FLOAT64; elsewhere those of Problem.
@@ -78,8 +79,6 @@ struct Problem {
   float score_unit_log2;        // the same / ln 2: scores become exponents of 2
   float inverse_unit;           // 1 / score_unit
   float softcap_scale;          // scale / softcap
-  float softcap_terms[5];       // a product p, capped and in exponents of 2, is the sum of softcap_terms[i] p^(2 i + 1) (CappedExponential in score.cuh)
-  float softcap_most;           // if a lane's sum of p^4 is no more than this
   Divisor by_heads, by_grid_heads, by_batch[BATCH_DIMS];
   Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;

@@ -213,24 +213,6 @@ template <> struct Exponential<FLOAT64> {
   static __device__ __forceinline__ double lse(double shift, double sum) { return shift + log(sum); }
 };
 
-// SOFTCAP and no other change of scores, 16 bits: exponentials straight from products, by a polynomial for the tangent, so that the FMA units work on it while the unit for
-// exponentials is busy. It is good to 7e-6 where the scaled products stay below the softcap; a lane's sum of their fourth powers tells.
-struct CappedExponential {
-  const Problem& problem;
-  mutable float fourth_powers = 0.0f;
-
-  __device__ __forceinline__ explicit CappedExponential(const Problem& problem) : problem(problem) {}
-  __device__ __forceinline__ float operator()(float product, float shift) const {
-    const float square = product * product;
-    fourth_powers = fmaf(square, square, fourth_powers);
-    float factor = problem.softcap_terms[4];
-#pragma unroll
-    for (int i = 3; i >= 0; --i) factor = fmaf(factor, square, problem.softcap_terms[i]);
-    return exp2_approximate(fmaf(product, factor, -shift));
-  }
-  __device__ __forceinline__ bool holds() const { return fourth_powers <= problem.softcap_most; }
-};
-
 // dS = P ∘ (dP - D) of one pair. A probability that was dropped carries a minus sign: its dP is 0.
 template <int OPTIONS, typename Real> __device__ __forceinline__ Real gradient_of_score(const Problem& problem, Real p, Real dp, Real d) {
   if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0 ? d : fma(dp, factors<Real>(problem).keep_inverse, -d));

@@ -102,15 +102,14 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
   // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    return try_weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, keep, [] { return true; });
+    return try_weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, keep);
   }
-  // The same by weights; `holds()`, asked after them: what else has to be so.
-  template <typename Weight, typename Keep, typename Holds> __device__ __forceinline__ bool try_weights(Weight weight, Keep keep, Holds holds) {
+  template <typename Weight, typename Keep> __device__ __forceinline__ bool try_weights(Weight weight, Keep keep) {
     Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
     if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
     weights(weight, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST || !holds())) return false;
+    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
     return true;

@@ -24,12 +24,12 @@ BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
 # 64 bits each that a call fills in.
 WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
+DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
-    + [(name, "i4") for name in ("group", "columns", "pairs")],
+    + [("group", "i4"), ("by_group", DIVISOR), ("columns", "i4"), ("pairs", "i4")],
     align=True,
 )
-DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")], align=True)
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
@@ -39,7 +39,6 @@ LAYOUT = numpy.dtype(
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
-    + [("softcap_terms", "f4", 5), ("softcap_most", "f4")]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
     + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)],
     align=True,
@@ -144,6 +143,7 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         own_heads = lead[-1] if lead else 1
         view["head_stride"] = strides[-1] if lead else 0
         view["group"] = (heads or {}).get(name, problem.heads) // own_heads
+        view["by_group"] = _divisor(int(view["group"]))
         view["row_stride"], view["column_stride"] = (*trailing, 0, 0)[:2]
         view["columns"] = columns
         view["pairs"] = f"{name} pairs" in alignment
@@ -180,8 +180,6 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         record["float64"] = tuple(factors[name] for name in FACTORS.names)
     else:
         values |= factors | {"score_unit_log2": unit / math.log(2)}
-        if problem.softcap:
-            values |= _softcap_terms(problem.softcap, factors["softcap_scale"])
     values |= numbers
     for name in ("grid_places", "padded_queries"):
         if values.get(name, 0) >= 2**31:
@@ -200,20 +198,6 @@ def _divisor(divisor):
     """struct Divisor of kernels/problem.cuh."""
     shift = (divisor - 1).bit_length()
     return (2**32 * (2**shift - divisor) // divisor + 1, shift) if divisor else (0, 0)
-
-
-# tanh(x) = the sum of TANH_TERMS[i] x^(2 i + 1), to 7e-6 of it for |x| <= 1 (least squares, weighted until the largest errors are equal).
-TANH_TERMS = (0.999993089, -0.332980648, 0.130368089, -0.044817511, 0.00903639975)
-
-
-def _softcap_terms(softcap, scale):
-    """The capped product in exponents of 2 as a polynomial of the product, and for which products (CappedExponential in score.cuh): none where float32 is too narrow."""
-    limits = numpy.finfo(numpy.float32)
-    if 2.0**-12 <= abs(scale) <= 2.0**12:
-        terms = [softcap / math.log(2) * term * scale ** (2 * i + 1) for i, term in enumerate(TANH_TERMS)]
-        if all(limits.tiny <= abs(term) <= limits.max for term in terms):
-            return {"softcap_terms": terms, "softcap_most": scale**-4}
-    return {"softcap_most": -1.0}
 
 
 def _merge(batch, strides):
