@@ -23,7 +23,7 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
-template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256, 4) backward_prepare(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256, 2) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   using Real = ::Real<PRECISION>;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
