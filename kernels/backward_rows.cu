@@ -19,11 +19,11 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
   int first;
 
   __device__ __forceinline__ RowBlock(const Problem& problem)
-      : place(problem, block_index_again() / (problem.padded_queries / ROWS), problem.heads, problem.by_heads), padded(block_index_again() % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
+      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads, problem.by_heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
-template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256, 2) backward_prepare(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   using Real = ::Real<PRECISION>;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element);

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) backward_sm80(const
   u32 base = shared_address(shared);
   auto stage_address = [&](int tile) { return base + Tiles::FIRST_STAGE + tile % STAGES * Tiles::STAGE_BYTES; };
   {
-    const Block block(problem, block_index_again());
+    const Block block(problem, blockIdx.x);
     if (!block.exists()) return;
     const Place& place = block.place;
     const i64 first_row = block.sequence.first_key + block.first_key;

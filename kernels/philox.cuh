@@ -63,6 +63,15 @@ struct Dropout {
     share(thresholds, thresholds, numbers[0].thresholds, numbers[1].thresholds);
   }
 
+  // The call for one of them, made by each lane.
+  template <bool TRANSPOSED> __device__ __forceinline__ void one_call(const Problem& problem, u32 row, u32 column, u32 key_low, u32 key_high, bool odd, DropoutNumbers& numbers) const {
+    u32 w[4] = {TRANSPOSED ? column : row, TRANSPOSED ? row : column, place, sequence}, spare;
+    philox(w, spare, key_low, key_high);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) numbers.words[i] = TRANSPOSED ? __byte_perm(w[2 * i], w[2 * i + 1], odd ? 0x7632 : 0x5410) : odd ? w[2 + i] : w[i];
+    numbers.thresholds = (spare >> 24) * 0x10001 + problem.thresholds & 0x7f007f00;
+  }
+
   // Two numbers of a lane's elements, in the high bytes of the halves of a word, of `half` of 16 columns: those of two neighbours of row `own`, or if TRANSPOSED those of column
   // `own` of two neighbours in rows 0 and 8.
   template <bool TRANSPOSED> static __device__ __forceinline__ u32 pair_of(const DropoutNumbers& numbers, int half, int own) {
@@ -89,7 +98,8 @@ struct Dropout {
       const int next = call + 1 < CALLS ? call + 1 : call;   // the last of an odd number is made twice
       const u32 rows[2] = {row_group + call / WIDTH * 4, row_group + next / WIDTH * 4}, columns[2] = {column_group + call % WIDTH * 4, column_group + next % WIDTH * 4};
       DropoutNumbers numbers[2];
-      two_calls<TRANSPOSED>(problem, rows, columns, key_low, key_high, row % 2, numbers);
+      if constexpr (CALLS > 1) two_calls<TRANSPOSED>(problem, rows, columns, key_low, key_high, row % 2, numbers);
+      else one_call<TRANSPOSED>(problem, row_group, column_group, key_low, key_high, row % 2, numbers[0]);
 #pragma unroll
       for (int i = 0; i <= next - call; ++i)
 #pragma unroll

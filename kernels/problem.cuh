@@ -6,10 +6,16 @@ constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of pac
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
-// finds its place by several divisions, one after the other, before it can ask for anything.
+// finds its place by several divisions, one after the other, before it can ask for anything. In the sm90 family, that is: in the other, some kernels have no registers for it.
 struct Divisor {
   u32 magic, shift;
-  __device__ __forceinline__ u32 quotient(u32 x) const { return (__umulhi(x, magic) + x) >> shift; }
+  template <typename Integer> __device__ __forceinline__ Integer quotient(Integer x, Integer divisor) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    return (__umulhi(x, magic) + (u32)x) >> shift;
+#else
+    return x / divisor;
+#endif
+  }
 };
 
 // A view (batch dimensions, heads, rows, columns); strides in elements, a stride of 0 where the array is broadcast. Columns lie side by side, but those of
@@ -26,7 +32,7 @@ struct Array {
   int pairs;     // bias: whether two neighbouring columns, the first of them even, can be read as one
 
   // Which of the array's heads a query head has.
-  __device__ __forceinline__ int head_of(int head) const { return by_group.quotient(head); }
+  __device__ __forceinline__ int head_of(int head) const { return by_group.quotient(head, group); }
 };
 
 // The factors of a call, where it is FLOAT64; elsewhere those of Problem.
@@ -104,7 +110,7 @@ struct Schedule {
   __device__ __forceinline__ Schedule(const Problem& problem, u32 block, u32 tiles) {
     const u32 sweep = problem.sweep_heads, places = problem.grid_places;
     const u32 first = block / (sweep * tiles) * sweep, within = block % (sweep * tiles), width = min(sweep, places - first);
-    tile = (width == sweep ? problem.by_sweep : problem.by_last_sweep).quotient(within);
+    tile = (width == sweep ? problem.by_sweep : problem.by_last_sweep).quotient(within, width);
     place = first + within - tile * width;
   }
 };
@@ -126,11 +132,11 @@ struct Place {
   __device__ __forceinline__ Place() : batch{}, head(0) {}
   // flat: batch · heads, the head fastest
   __device__ __forceinline__ Place(const Problem& problem, u32 flat, u32 heads, const Divisor& by_heads) {
-    u32 rest = by_heads.quotient(flat);
+    u32 rest = by_heads.quotient(flat, heads);
     head = flat - rest * heads;
 #pragma unroll
     for (int i = BATCH_DIMS - 1; i > 0; --i) {
-      flat = rest, rest = problem.by_batch[i].quotient(flat);
+      flat = rest, rest = problem.by_batch[i].quotient(flat, (u32)problem.batch[i]);
       batch[i] = flat - rest * problem.batch[i];
     }
     batch[0] = rest;

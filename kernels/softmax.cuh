@@ -54,35 +54,34 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     }
   }
 
-  // Probabilities of two rows, weight(n, 2 * row + i, shift) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, tile_sum
-  // what they add up to.
-  template <typename Weight, typename Keep> __device__ __forceinline__ void weights(Weight weight, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
+  // Probabilities of two rows, weight(n, 2 * row + i, shift) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, or
+  // BY_ROWS, one after the other, which takes fewer registers; tile_sum what they add up to.
+  template <bool BY_ROWS = false, typename Weight, typename Keep> __device__ __forceinline__ void weights(Weight weight, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
     tile_sum[0] = tile_sum[1] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 8; ++n)
+    for (int k = 0; k < COLUMNS / 4; ++k) {
+      const int n = BY_ROWS ? k % (COLUMNS / 8) : k / 2, row = BY_ROWS ? k / (COLUMNS / 8) : k % 2;
+      Real p[2];
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        Real p[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          p[i] = weight(n, 2 * row + i, against[row]);
-          tile_sum[row] += p[i];
-        }
-        keep(n, row, p);
+      for (int i = 0; i < 2; ++i) {
+        p[i] = weight(n, 2 * row + i, against[row]);
+        tile_sum[row] += p[i];
       }
+      keep(n, row, p);
+    }
   }
   // The same with weights exponential(score, shift).
-  template <typename Exponential, typename Keep>
+  template <bool BY_ROWS = false, typename Exponential, typename Keep>
   __device__ __forceinline__ void exponentials(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
-    weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, against, tile_sum, keep);
+    weights<BY_ROWS>([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, against, tile_sum, keep);
   }
 
   // Probabilities of a tile, against shifts that raise() has seen to.
-  template <typename Exponential, typename Keep> __device__ __forceinline__ void take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
+  template <bool BY_ROWS = false, typename Exponential, typename Keep> __device__ __forceinline__ void take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
     Real against[2] = {shift[0] == -infinity() ? 0 : shift[0], shift[1] == -infinity() ? 0 : shift[1]};
     if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
-    exponentials(scores, exponential, against, tile_sum, keep);
+    exponentials<BY_ROWS>(scores, exponential, against, tile_sum, keep);
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
   }
@@ -118,7 +117,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
   // Scores become probabilities, in place.
   template <typename Exponential, typename Rescale> __device__ __forceinline__ void step(Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Rescale rescale) {
     raise(scores, exponential, rescale);
-    take(scores, exponential, [&](int n, int row, const Real (&p)[2]) { scores[n][2 * row] = p[0], scores[n][2 * row + 1] = p[1]; });
+    take<true>(scores, exponential, [&](int n, int row, const Real (&p)[2]) { scores[n][2 * row] = p[0], scores[n][2 * row + 1] = p[1]; });
   }
 
   // After the last tile: 1 / sum (0 for a row that saw nothing), and the natural log of the softmax denominator.
