@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       block.visible.template hide<true, 1, AT_ONCE>(p, lane_key, lane_query, 0.0f);
     if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
       Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, AT_ONCE>(
-          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { asm volatile("neg.f32 %0, %0;" : "+f"(p[m][n][2 * half + i])); });
 
     // dV += Pᵀ dO, up to 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
     constexpr int SHARE = AT_ONCE < 64 ? AT_ONCE : 64;
@@ -157,9 +157,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       for (int n = 0; n < SHARE / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float weight[2] = {p[0][share * 8 + n][2 * half], p[0][share * 8 + n][2 * half + 1]};
-          if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
-          words[share][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
+          const float (&weight)[4] = p[0][share * 8 + n];
+          words[share][n / 2][n % 2 * 2 + half] = OPTIONS & DROPOUT ? pack_positive<PRECISION>(weight[2 * half], weight[2 * half + 1]) : pack<PRECISION>(weight[2 * half], weight[2 * half + 1]);
         }
       multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[share], do_at + rows_before + share * 64 * 128);
     };

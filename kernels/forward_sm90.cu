@@ -66,7 +66,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   constexpr bool TURNS = WARPGROUPS == 2;
   // Products are turned into scores beside the exponentials of these, whose unit leaves the others time, and in place only where that has not come off.
   constexpr int CHANGE = OPTIONS & (SCALE_FIRST | SOFTCAP | BIAS | STAGED_BIAS | MASK | ALIBI);
-  constexpr bool AT_ONCE = !PARTS && !(OPTIONS & DROPOUT) && (CHANGE == (BIAS | STAGED_BIAS) || CHANGE == MASK);
+  constexpr bool AT_ONCE = !PARTS && !(OPTIONS & DROPOUT) && (CHANGE == (BIAS | STAGED_BIAS) || CHANGE == MASK || CHANGE == SOFTCAP);
   constexpr bool DROPS_AT_ONCE = (OPTIONS & DROPOUT) && !PARTS && CHANGE == 0;   // and so are random numbers made, where there are registers
   constexpr bool SCORES_AFTER_OUTPUT = PARTS && ((OPTIONS & BIAS) != 0 || ((OPTIONS & MASK) != 0 && (OPTIONS & (SOFTCAP | ALIBI | DROPOUT)) != 0));   // what they take needs the registers
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2> softmax;
+  using Softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2, (AT_ONCE && (OPTIONS & SOFTCAP) != 0) || DROPS_AT_ONCE ? 8 : 0>;
+  Softmax softmax;
   // PARTS: what P V of a tile adds up to on its own, for O is in other units and summed in round-to-nearest; the low parts of P, and the powers of two that
   // turn products of parts into those of numbers.
   float tile_output[PARTS ? VALUE_DIM / 8 : 1][4];
@@ -190,9 +191,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
     if (keys.need_mask(n)) tile.visible.template hide<false, 1, KEY_TILE>(scores, row, column, -infinity());
   };
-  auto weight_at_once = [&](int n, int i, float shift) {   // AT_ONCE: of a product
+  auto weight_at_once = [&](int n, int i, float shift, float zero) {   // AT_ONCE: of a product
     const float product = scores[0][n][i];
-    if constexpr ((OPTIONS & MASK) != 0) return exponential(mask.seen(0, n, i) ? product : -infinity(), shift);
+    if constexpr ((OPTIONS & SOFTCAP) != 0) return Exp::of(problem.capped.exponent(product, shift, zero));
+    else if constexpr ((OPTIONS & MASK) != 0) return exponential(mask.seen(0, n, i) ? product : -infinity(), shift);
     else return exponential(product, fmaf(to_float(Element{(u16)(bias[n][i / 2] >> i % 2 * 16)}), -Exp::LOG2_E, shift));
   };
   KeptElements kept;   // DROPOUT: of the tile at hand
@@ -204,10 +206,18 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       p_low[n / 2][n % 2 * 2 + row] = pack<FLOAT16>(fmaf(pair[0], PARTS_SCALE, -to_float(half_t{(u16)high})), fmaf(pair[1], PARTS_SCALE, -to_float(half_t{(u16)(high >> 16)})));
     }
     if constexpr (DROPS_AT_ONCE) high &= kept.mask(problem, n, row);
+    return high;
   };
   auto begin_dropout = [&](const Tile& tile, int n) {
     if constexpr ((OPTIONS & DROPOUT) != 0)
       kept.begin({tile.block.schedule.place, (u32)tile.block.sequence.index}, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
+  };
+  auto try_at_once = [&] {
+    if constexpr ((OPTIONS & SOFTCAP) == 0) return softmax.try_weights(weight_at_once, keep);
+    float most[2];   // if a row's probabilities add up to no more, none of its scores is beyond what the polynomial is good for
+#pragma unroll
+    for (int row = 0; row < 2; ++row) most[row] = softmax.shift[row] >= problem.capped.least_shift ? fminf(softmax.MOST, Exp::of(problem.capped.most - softmax.shift[row])) : 0.0f;
+    return !__any_sync(0xffffffff, fminf(most[0], most[1]) < 1.0f) && softmax.try_weights(weight_at_once, most, keep);
   };
   auto probabilities = [&](const Tile& tile, int n) {   // after O is done: it may have to be rescaled
     softmax.raise(scores[0], exponential, [&](int row, float ratio) {
@@ -267,7 +277,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     for (int n = 0; n < VALUE_DIM / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
-    softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2>();
+    softmax = Softmax();
     if constexpr ((OPTIONS & SINKS) != 0) softmax.start(Exp::shift_of_lse(*tile.block.place.template rows<float>(problem.sinks)), lane);
     total_shift[0] = total_shift[1] = -infinity();
     // Of the block's key tiles [first, last) this warpgroup's queries see [begin, end), from here on steps of the walk. The others it only lets pass, or where
@@ -356,7 +366,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
         if constexpr (DROPS_AT_ONCE) begin_dropout(tile, at);
         bool taken = false;
         if constexpr (AT_ONCE) {
-          if (!keys.need_mask(at)) taken = softmax.try_weights(weight_at_once, keep);
+          if (!keys.need_mask(at)) taken = try_at_once();
           if (!taken) score_tile(tile, keys, slope, at, side);
         }
         // Towards the diagonal scores grow a lot from tile to tile, away from it they fall.

@@ -40,6 +40,18 @@ struct Factors {
   double keep_inverse, scale, score_unit, inverse_unit, softcap_scale;
 };
 
+// A softcap in 16-bit calls: exponents of 2 of capped scores, by a polynomial. It is good to 1.8e-5 of the cap while they are no larger than `most` in size, and falls
+// with the product everywhere. Further down it falls too fast; `least_shift` is where a row's shift has to be for that not to matter (_capped in launch.py).
+struct CappedExponents {
+  float first, third, fifth, most, least_shift;
+
+  // Against a shift; `zero` is added to the square (OnlineSoftmax::weights).
+  __device__ __forceinline__ float exponent(float product, float shift, float zero) const {
+    const float square = fmaf(product, product, zero);
+    return fmaf(product, fmaf(fmaf(square, fifth, third), square, first), -shift);
+  }
+};
+
 struct Problem {
   Array q, k, v, out, dout, dq, dk, dv;   // float32_parts: dq, dk, dv and out are the parts of q, k, v and dout; mask_words: out are the words
   Array lse, dlse;                        // one column; the row stride steps from query to query
@@ -85,6 +97,7 @@ struct Problem {
   float score_unit_log2;        // the same / ln 2: scores become exponents of 2
   float inverse_unit;           // 1 / score_unit
   float softcap_scale;          // scale / softcap
+  CappedExponents capped;
   Divisor by_heads, by_grid_heads, by_batch[BATCH_DIMS];
   Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;

@@ -12,7 +12,9 @@ constexpr float LARGEST_SUM = 16384.0f;
 constexpr float PARTS_SCALE = 2048.0f, PARTS_RESCALE_THRESHOLD = 0.5f, PARTS_LARGEST_SUM = 31.9f;
 
 // BASED: the scores of a row are those given plus a number of the lane's own, `base`, which is folded into what is taken once a row.
-template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS = false> struct OnlineSoftmax {
+// PACE, if not 0: the weights of chunk n wait for what was kept of chunk n - PACE. Else the compiler may put all arithmetic of one kind behind all of another, where
+// one unit would idle while the other works.
+template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS = false, int PACE = 0> struct OnlineSoftmax {
   static constexpr float THRESHOLD = IN_PARTS ? PARTS_RESCALE_THRESHOLD : RESCALE_THRESHOLD, MOST = IN_PARTS ? PARTS_LARGEST_SUM : LARGEST_SUM;
   Real shift[2] = {-infinity(), -infinity()};   // what exponents are taken against
   Real sum[2] = {0.0f, 0.0f};                   // this lane's columns only, until finish()
@@ -54,26 +56,32 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     }
   }
 
-  // Probabilities of two rows, weight(n, 2 * row + i, shift) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, or
-  // BY_ROWS, one after the other, which takes fewer registers; tile_sum what they add up to.
+  // Probabilities of two rows, weight(n, 2 * row + i, shift, zero) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, or
+  // BY_ROWS, one after the other, which takes fewer registers; tile_sum what they add up to. `zero` is 0, and there once it is the chunk's time (PACE); so is the
+  // shift. With PACE `keep` returns a word of what it kept, which is no NaN as a float if no probability is.
   template <bool BY_ROWS = false, typename Weight, typename Keep> __device__ __forceinline__ void weights(Weight weight, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
     tile_sum[0] = tile_sum[1] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
+    constexpr int RECENT = PACE ? PACE : 1;
+    u32 kept[RECENT][2];
 #pragma unroll
     for (int k = 0; k < COLUMNS / 4; ++k) {
       const int n = BY_ROWS ? k % (COLUMNS / 8) : k / 2, row = BY_ROWS ? k / (COLUMNS / 8) : k % 2;
+      const bool waits = PACE > 0 && n >= PACE;
+      const Real zero = waits ? __uint_as_float(kept[n % RECENT][row]) * 0.0f : 0.0f, shift = waits ? against[row] + zero : against[row];
       Real p[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        p[i] = weight(n, 2 * row + i, against[row]);
+        p[i] = weight(n, 2 * row + i, shift, zero);
         tile_sum[row] += p[i];
       }
-      keep(n, row, p);
+      if constexpr (PACE > 0) kept[n % PACE][row] = keep(n, row, p);
+      else keep(n, row, p);
     }
   }
   // The same with weights exponential(score, shift).
   template <bool BY_ROWS = false, typename Exponential, typename Keep>
   __device__ __forceinline__ void exponentials(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
-    weights<BY_ROWS>([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, against, tile_sum, keep);
+    weights<BY_ROWS>([&](int n, int i, Real shift, Real) { return exponential(scores[n][i], shift); }, against, tile_sum, keep);
   }
 
   // Probabilities of a tile, against shifts that raise() has seen to.
@@ -91,24 +99,28 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     const Real against[2] = {BASED ? -base[0] : 0, BASED ? -base[1] : 0};
     Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
-    const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
-    if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= MOST))) return false;
+    if (__any_sync(0xffffffff, !(tile_sum[0] >= 1.0f && tile_sum[1] >= 1.0f && tile_sum[0] <= MOST && tile_sum[1] <= MOST))) return false;   // a NaN too
 #pragma unroll
     for (int row = 0; row < 2; ++row) shift[row] = 0.0f, sum[row] = tile_sum[row];
     return true;
   }
 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
-  // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
+  // A row that has seen nothing has a shift so low that any score is too large.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
-    return try_weights([&](int n, int i, Real shift) { return exponential(scores[n][i], shift); }, keep);
+    return try_weights([&](int n, int i, Real shift, Real) { return exponential(scores[n][i], shift); }, keep);
   }
   template <typename Weight, typename Keep> __device__ __forceinline__ bool try_weights(Weight weight, Keep keep) {
+    const Real most[2] = {MOST, MOST};
+    return try_weights(weight, most, keep);
+  }
+  // `most`: what each row's probabilities may add up to.
+  template <typename Weight, typename Keep> __device__ __forceinline__ bool try_weights(Weight weight, const Real (&most)[2], Keep keep) {
     Real against[2] = {fmaxf(shift[0], -1e38f), fmaxf(shift[1], -1e38f)};
     if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
     weights(weight, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, tile_sum[0] > MOST || tile_sum[1] > MOST)) return false;
+    if (__any_sync(0xffffffff, !(tile_sum[0] <= most[0] && tile_sum[1] <= most[1]))) return false;   // a NaN too
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
     return true;

@@ -165,6 +165,36 @@ def test_softcaps(arrays, scale, softcap, no_plans):
     check_forward(q, k, v, roundings=8, softcap=softcap, scale=scale)
 
 
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed", "mostly far below", "all below", "within", "a little beyond"])
+@pytest.mark.parametrize("softcap", [8.0, 30.0, 100.0])
+def test_a_softcap_of_scores_of_every_size(arrays, softcap, order, no_plans):
+    """Three times the cap on both sides, so that some tiles are inside what a polynomial does and others are not: no score is off by more than the instruction for tanh."""
+    q, k, v = arrays.qkv(200, 1100, 64)
+    raw = numpy.linspace(-3, 3, 1100) * softcap
+    if order == "falling":
+        raw = raw[::-1]
+    elif order == "mixed":
+        raw = arrays.rng.permutation(raw)
+    elif order == "mostly far below":
+        raw = numpy.where(numpy.arange(1100) % 300 == 7, 0.1 * softcap, -abs(raw))
+    elif order == "all below":
+        raw = -abs(raw) - 0.3 * softcap
+    elif order == "within":
+        raw = arrays.rng.permutation(raw) * 0.12
+    elif order == "a little beyond":
+        raw = numpy.linspace(0.65, 1.1, 1100) * softcap
+    q[...] = 0
+    q[..., 0] = 8
+    k[..., 0] = cupy.asarray(raw)
+    out, lse = map(to_numpy, cuflash.attention_forward(q, k, v, softcap=softcap, scale=0.125))
+    scores = softcap * numpy.tanh(to_numpy(k)[..., 0].astype(float) / softcap)
+    weights = numpy.exp(scores - scores.max())
+    values = to_numpy(v).astype(float)
+    error = softcap * 2.0**-11
+    assert abs(lse - scores.max() - numpy.log(weights.sum())).max() <= error
+    assert abs(out - weights @ values / weights.sum()).max() <= (2 * error + 2.0**-8) * abs(values).max()
+
+
 @pytest.mark.parametrize("bad", [numpy.nan, numpy.inf, -numpy.inf])
 def test_bad_values_reach_the_rows_that_see_them_and_no_others(arrays, bad):
     """Of sequences that lie side by side in memory, and share tiles there."""

@@ -225,6 +225,7 @@ def test_sizes_of_sm90_tiles():
     for table in (
         tiles.FORWARD_SM90,
         tiles.FORWARD_SM90_WITH_OPTION,
+        tiles.FORWARD_SM90_DROPOUT,
         tiles.FORWARD_SM90_ALIBI,
         tiles.FORWARD_SM90_WITH_OPTIONS,
         tiles.FORWARD_SM90_LONG_SUMS,

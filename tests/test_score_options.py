@@ -1,6 +1,7 @@
 """softcap, alibi_slopes and sinks: what they are, said in other ways than the reference says it; their forms."""
 
 import re
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -50,6 +51,31 @@ def test_tanh_by_a_polynomial():
         value = value * y * y + coefficient
     assert len(coefficients) == 4
     assert numpy.abs(y * value / numpy.tanh(y.astype(float) / 2) - 1).max() < 8.2e-5
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(8.0, 0.1), (30.0, -0.125), (30.0, 1e-20), (100.0, 1e7), (5000.0, 3.0)])
+def test_exponents_of_capped_scores_by_a_polynomial(softcap, scale):
+    """What the host gives the kernels for 16-bit scores: as near as TANH is said to be, falling everywhere, and never taking more off a sum than is said."""
+    launch = pytest.importorskip("cuflash.cupy_backend.launch")
+    problem = SimpleNamespace(softcap=softcap, scale=scale, key_length=100_000, lse_dtype="f4")
+    *coefficients, most, least_shift = launch._capped(problem)
+    x = numpy.linspace(-8, 8, 400_001)
+    exponents, products = softcap * numpy.tanh(x) / numpy.log(2), x * softcap / scale
+    own = products * numpy.polyval(coefficients[::-1], products * products)
+    assert (numpy.diff(own) > 0).all()
+    inside = abs(own) <= most
+    assert inside.any()
+    assert abs(own - exponents)[inside].max() <= 1.8e-5 * softcap / numpy.log(2)
+    if least_shift == -numpy.inf:  # then what is below is nothing to speak of, in any case
+        least_shift = -1000
+    below = own < -most
+    lost = 100_000 * (numpy.exp2(exponents[below] - least_shift) - numpy.exp2(own[below] - least_shift)).max()
+    assert lost < 1.01 * 2.0**-13
+
+
+def test_exponents_of_capped_scores_that_no_float_holds():
+    launch = pytest.importorskip("cuflash.cupy_backend.launch")
+    assert launch._capped(SimpleNamespace(softcap=1.0, scale=1e30, key_length=10, lse_dtype="f4"))[-1] == numpy.inf
 
 
 def test_a_large_softcap_is_none(arrays):

@@ -31,6 +31,7 @@ VIEW = numpy.dtype(
     align=True,
 )
 FACTORS = numpy.dtype([(name, "f8") for name in ("keep_inverse", "scale", "score_unit", "inverse_unit", "softcap_scale")], align=True)
+CAPPED = numpy.dtype([(name, "f4") for name in ("first", "third", "fifth", "most", "least_shift")], align=True)
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
     + [(name, "u8") for name in WORDS]
@@ -39,6 +40,7 @@ LAYOUT = numpy.dtype(
     + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
+    + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
     + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)],
     align=True,
@@ -52,6 +54,9 @@ L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept togeth
 MAX_LENGTH = 2**30
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
+# tanh(x) is x (TANH[0] + x^2 (TANH[1] + x^2 TANH[2])) to 1.8e-5 up to TANH_RANGE, by minimax; the polynomial is steeper beyond.
+TANH, TANH_RANGE = (0.99979351, -0.32854938, 0.10490519), 0.6
+TANH_LOSS = 2.0**-13  # what the polynomial may take off a row's sum by being steeper
 MAX_SPLITS = 64  # parts of dbias
 MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
@@ -180,6 +185,8 @@ def argument(problem, views, heads=None, alignment=(), **numbers):
         record["float64"] = tuple(factors[name] for name in FACTORS.names)
     else:
         values |= factors | {"score_unit_log2": unit / math.log(2)}
+    if problem.softcap and problem.precision in ("float16", "bfloat16"):
+        values["capped"] = _capped(problem)
     values |= numbers
     for name in ("grid_places", "padded_queries"):
         if values.get(name, 0) >= 2**31:
@@ -198,6 +205,18 @@ def _divisor(divisor):
     """struct Divisor of kernels/problem.cuh."""
     shift = (divisor - 1).bit_length()
     return (2**32 * (2**shift - divisor) // divisor + 1, shift) if divisor else (0, 0)
+
+
+def _capped(problem):
+    """struct CappedExponents of kernels/problem.cuh."""
+    unit, ratio = problem.softcap / math.log(2), problem.scale / problem.softcap
+    coefficients = [unit * ratio ** (2 * i + 1) * coefficient for i, coefficient in enumerate(TANH)]
+    if max(map(abs, coefficients)) > float(_range_of_sums(problem).max):
+        return 0, 0, 0, 0, math.inf
+    x = numpy.linspace(TANH_RANGE, 10, 4000)
+    exact, steeper = numpy.tanh(x), x * numpy.polyval(TANH[::-1], x * x)
+    lost = problem.key_length * (numpy.exp(-problem.softcap * exact) * -numpy.expm1(-problem.softcap * (steeper - exact))).max()  # against a shift of 0, by all keys
+    return *coefficients, unit * steeper[0], math.log2(lost / TANH_LOSS) if lost else -math.inf
 
 
 def _merge(batch, strides):

@@ -314,7 +314,7 @@ FORWARD_SM90 = {
 }
 # With an option that changes scores: smaller tiles leave it registers. The random numbers of DROPOUT are for 32 keys at a time.
 FORWARD_SM90_WITH_OPTION = FORWARD_SM90 | {64: [(math.inf, ForwardSm90Tile(3, 128, 3))], 256: [(math.inf, ForwardSm90Tile(2, 64, 2))]}
-FORWARD_SM90_DROPOUT = FORWARD_SM90_WITH_OPTION | {64: [(math.inf, ForwardSm90Tile(2, 128, 3))], 128: [(math.inf, ForwardSm90Tile(2, 96, 3))]}
+FORWARD_SM90_DROPOUT = FORWARD_SM90_WITH_OPTION | {64: [(math.inf, ForwardSm90Tile(2, 128, 3))], 128: [(math.inf, ForwardSm90Tile(2, 128, 2))]}
 # ALIBI alone: where the slope comes by the products it takes few registers.
 FORWARD_SM90_ALIBI = FORWARD_SM90_WITH_OPTION | {256: FORWARD_SM90[256]}
 FORWARD_SM90_WITH_OPTIONS = {
