@@ -4,6 +4,9 @@
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
 //   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums
 //
+// Where half of the sums lie in dq itself, a row of dQ takes half the place of its sums, so that those of query tile t go where the sums of tile t / 2 were: launches
+// of ever more tiles, each where those before it have read, put them all in their places (FinishInPlace in launch.py).
+//
 // Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
 #include "parts_words.cuh"
@@ -19,7 +22,7 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
   int first;
 
   __device__ __forceinline__ RowBlock(const Problem& problem)
-      : place(problem, blockIdx.x / (problem.padded_queries / ROWS), problem.heads, problem.by_heads), padded(blockIdx.x % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
+      : place(problem, (blockIdx.x + problem.first_tile) / (problem.padded_queries / ROWS), problem.heads, problem.by_heads), padded((blockIdx.x + problem.first_tile) % (problem.padded_queries / ROWS) * ROWS), slot(tile_of_slot<OPTIONS>(problem, problem.cu_q, problem.queries, problem.padding, OPTIONS & PACKED ? padded / problem.padding : 0)),
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
@@ -36,7 +39,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__
   // Nobody waits for what is written here, and what is read is there when it is needed.
   const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if constexpr (ZERO_DQ_SUM) {
-    uint4* dq_sum = (uint4*)(reals<Real>(problem.dq_sum) + first * HEAD_DIM);
+    uint4* dq_sum = (uint4*)dq_sum_row<Real>(problem, first, HEAD_DIM);
 #pragma unroll
     for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
   }
@@ -137,7 +140,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ v
 #pragma unroll 1
   for (int piece = threadIdx.x / 32; piece < QUERY_TILE / 16 * (HEAD_DIM / 64); piece += 8) {
     const int row = piece * 16 % QUERY_TILE + lane / 4, first_column = piece * 16 / QUERY_TILE * 64;
-    const float4* from = (const float4*)(problem.dq_sum + (place.flat(problem) * problem.padded_queries + block.padded) * HEAD_DIM) + piece * 256 + lane;
+    const float4* from = (const float4*)dq_sum_row(problem, place.flat(problem) * problem.padded_queries + block.padded, HEAD_DIM) + piece * 256 + lane;
     float dq[8][4];
     bool in_rows = false;   // of float32 arrays the sm80 family may have made the sums
     if constexpr (sizeof(Element) == 4) in_rows = problem.tile_counter[REFUSED];
@@ -149,6 +152,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ v
 #pragma unroll
       for (int n = 0; n < 8; ++n) *(float4*)dq[n] = from[n * 32];
     }
+    if (problem.rows_in_dq) __syncthreads();   // the first tile's rows go where its sums are, all of which the block has read by now: it has a warp for each piece
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       take_turns<QUERY_TILE, Block>(problem, part, [&](u32 row, auto wait, auto done) {
         slab_ring.wait_full(base + Tiles::SLAB_FULL + 8 * part);
         wait();
-        reduce_add_bytes(problem.dq_sum + (i64)row * HEAD_DIM + part * (BYTES / 4), base + Tiles::SLAB + part * BYTES, BYTES);
+        reduce_add_bytes(dq_sum_row(problem, row, HEAD_DIM) + part * (BYTES / 4), base + Tiles::SLAB + part * BYTES, BYTES);
         wait_until_read();
         barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * part);
         slab_ring.advance();
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       block.visible.template hide<true, 1, AT_ONCE>(p, lane_key, lane_query, 0.0f);
     if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
       Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, AT_ONCE>(
-          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { asm volatile("neg.f32 %0, %0;" : "+f"(p[m][n][2 * half + i])); });
+          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
 
     // dV += Pᵀ dO, up to 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
     constexpr int SHARE = AT_ONCE < 64 ? AT_ONCE : 64;
@@ -157,8 +157,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       for (int n = 0; n < SHARE / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float (&weight)[4] = p[0][share * 8 + n];
-          words[share][n / 2][n % 2 * 2 + half] = OPTIONS & DROPOUT ? pack_positive<PRECISION>(weight[2 * half], weight[2 * half + 1]) : pack<PRECISION>(weight[2 * half], weight[2 * half + 1]);
+          float weight[2] = {p[0][share * 8 + n][2 * half], p[0][share * 8 + n][2 * half + 1]};
+          if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
+          words[share][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
         }
       multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[share], do_at + rows_before + share * 64 * 128);
     };
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     Place place = block.place;
     place.head += head;
     const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
-    float* dq_rows = problem.dq_sum + block.sequence.padded_row(problem, place) * HEAD_DIM;
+    const i64 first_row = block.sequence.padded_row(problem, place);
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       multiply_k_q(0);   // it runs while dQ is added
       wgmma_wait<1>();
       if (follows) add_dq(dq, dq_target);
-      dq_target = dq_rows + (i64)tile * QUERY_TILE * HEAD_DIM;
+      dq_target = dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
       wgmma_wait<0>();
       pin(p[0]);
     }

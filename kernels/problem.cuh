@@ -64,6 +64,7 @@ struct Problem {
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, how many key blocks have added to its dQ, or null
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up
+  float* dq_sum_rest;           // the same, where the rows from rows_in_dq on are: the others may lie in dq itself, until dQ takes their place (dq_sum_row)
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Of float32 calls parts_words.cuh lies behind it
@@ -72,6 +73,7 @@ struct Problem {
   unsigned long long seed;      // dropout
   i64 offset;                   // query i stands at key i + offset
   i64 split_stride;             // gradient of the bias: elements from one part to the next
+  i64 rows_in_dq;
   i64 left, right;              // bounded: query i sees the keys from i + offset - left to i + offset + right
   int batch[BATCH_DIMS];
   int heads;
@@ -87,6 +89,7 @@ struct Problem {
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
+  int first_tile;               // backward_finish_sm90: of all query tiles, that of the first block
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
   int batches_together;         // STAGED_BIAS in forward_sm90, BIAS_GRADIENT: how many batch entries share a bias, if their tiles should follow each other
   u32 thresholds;               // dropout, in both halves of the word: how many of 32768 weights are dropped, or kept, whichever are fewer
@@ -109,6 +112,11 @@ template <typename Real> __device__ __forceinline__ const auto& factors(const Pr
 }
 
 template <typename Real> __device__ __forceinline__ Real* reals(float* data) { return (Real*)data; }
+
+// A padded row of what the key blocks add up to dQ.
+template <typename Real = float> __device__ __forceinline__ Real* dq_sum_row(const Problem& problem, i64 row, int columns) {
+  return reals<Real>(row < problem.rows_in_dq ? problem.dq_sum : problem.dq_sum_rest) + row * columns;
+}
 
 // How many heads, and entries of a batch dimension, of an array are its own.
 __device__ __forceinline__ u32 own_heads(const Problem& problem, const Array& array) { return array.head_stride ? problem.heads / array.group : 1; }

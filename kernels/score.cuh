@@ -215,7 +215,7 @@ template <> struct Exponential<FLOAT64> {
 
 // dS = P ∘ (dP - D) of one pair. A probability that was dropped carries a minus sign: its dP is 0.
 template <int OPTIONS, typename Real> __device__ __forceinline__ Real gradient_of_score(const Problem& problem, Real p, Real dp, Real d) {
-  if constexpr ((OPTIONS & DROPOUT) != 0) return fma(maximum(p, Real(0)) * factors<Real>(problem).keep_inverse, dp, -(fabs(p) * d));
+  if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0 ? d : fma(dp, factors<Real>(problem).keep_inverse, -d));
   return p * (dp - d);
 }
 

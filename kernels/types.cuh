@@ -78,14 +78,6 @@ template <int PRECISION> __device__ __forceinline__ u32 pack(float first, float 
   return packed;
 }
 
-// The same with 0 for what is negative.
-template <int PRECISION> __device__ __forceinline__ u32 pack_positive(float first, float second) {
-  u32 packed;
-  if constexpr (PRECISION == FLOAT16) asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-  else asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-  return packed;
-}
-
 // tanh(scale x), in place, by all lanes of a warp. For 16-bit inputs good to 2^-11: the unit for exponentials has an instruction for it. As softmax takes
 // that unit's time too, the FMA units do three of four elements, where a warp has them all below 1 in size and all lanes say so: by a polynomial, to 8.2e-5.
 // Else to the last bits.

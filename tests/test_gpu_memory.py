@@ -236,6 +236,33 @@ def test_memory_is_linear_in_the_length(key_heads, deterministic, seed):
     assert long < 16 * array
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True, "dropout": 0.2, "seed": 3}], ids=["plain", "causal with dropout"])
+@pytest.mark.parametrize("length", [128, 256, 384, 1664])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_sums_of_dq_in_dq_itself(precision, head_dim, length, options, seed, no_plans, monkeypatch):
+    """As large calls have them on a Hopper GPU: half of the sums lie where dq will be. It has the same bits, and the call takes that much less memory."""
+    from cuflash.cupy_backend import launch
+
+    if launch.family(cupy.cuda.Device().id)[0] != "sm90":
+        pytest.skip("needs a GPU of compute capability 9.0")
+    arrays = Arrays(cupy, precision, seed)
+    dout, q, k, v = (arrays.normal(3, length, head_dim) for _ in range(4))
+    expected = forward_and_backward(dout, q, k, v, deterministic=True, **options)
+    apart = peak_bytes(cupy, lambda: cuflash.attention_backward(dout, q, k, v, *expected[:2], deterministic=True, **options))
+    monkeypatch.setattr(launch, "IN_PLACE_WORK", 0)
+    no_plans.clear()
+    with guarded_memory():
+        results = forward_and_backward(dout, q, k, v, deterministic=True, **options)
+    for own, wanted in zip(results, expected):
+        assert bits(own) == bits(wanted)
+    assert any(getattr(plan, "rows_in_dq", 0) for plan in no_plans.values())
+    together = peak_bytes(cupy, lambda: cuflash.attention_backward(dout, q, k, v, *expected[:2], deterministic=True, **options))
+    assert apart - together >= q.nbytes - (q.nbytes // 3 if length % 256 else 0) - 1024
+    wanted = reference_of_all(dout, q, k, v, **options)
+    assert_all_close(forward_and_backward(dout, q, k, v, **options), wanted)
+
+
 def test_offsets_beyond_two_to_the_31_elements(seed):
     """q, k, v, dout, out and lse as columns of one array with rows so far apart that the last begins beyond 2**31 elements (2**32 bytes)."""
     pool = cupy.cuda.MemoryPool()

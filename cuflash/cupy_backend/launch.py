@@ -5,6 +5,7 @@ What a call launches depends on shapes, strides and options only, so it is worke
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import operator
@@ -23,7 +24,7 @@ log = logging.getLogger("cuflash")
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
 # 64 bits each that a call fills in.
-WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
+WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "dq_sum_rest", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
 DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
@@ -35,9 +36,9 @@ CAPPED = numpy.dtype([(name, "f4") for name in ("first", "third", "fifth", "most
 LAYOUT = numpy.dtype(
     [(name, VIEW) for name in VIEWS]
     + [(name, "u8") for name in WORDS]
-    + [("offset", "i8"), ("split_stride", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
+    + [("offset", "i8"), ("split_stride", "i8"), ("rows_in_dq", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
-    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "splits", "batches_together")]
+    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "first_tile", "splits", "batches_together")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
@@ -58,6 +59,7 @@ LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncat
 TANH, TANH_RANGE = (0.99979351, -0.32854938, 0.10490519), 0.6
 TANH_LOSS = 2.0**-13  # what the polynomial may take off a row's sum by being steeper
 MAX_SPLITS = 64  # parts of dbias
+IN_PLACE_WORK = 2**40  # queries times keys times head dim of a backward that takes 10 ms and more: to finish dQ in place, in some more launches, is nothing beside it
 MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
 
@@ -594,6 +596,29 @@ def _sweep_forward(problem, dims, size):
     return sweep(problem, problem.key_length * sum(dims) * size // group, math.prod(problem.batch) * problem.heads)
 
 
+def _tiles_in_dq(problem, views, dims, padded, tile):
+    """How many query tiles of dQ's sums can lie in dq until it takes their place: half of them, where its rows lie as theirs do and the work is worth some launches."""
+    whole = dims[0] == problem.head_dim <= 128 and padded == problem.query_length and views["dq"] == contiguous_layout(problem.out_shape[:-1] + dims[:1])
+    places = math.prod(problem.lead)
+    if not whole or problem.q_lengths is not None or places * padded * problem.key_length * dims[0] < IN_PLACE_WORK:
+        return 0
+    return places * padded // tile.query_tile // 2
+
+
+class FinishInPlace:
+    """The launches that turn dQ's sums into dQ where half of them lie in dq itself; see kernels/backward_rows.cu."""
+
+    def __init__(self, launch, in_dq, query_tiles):
+        ends = [0, 1]
+        while ends[-1] < in_dq:
+            ends.append(min(2 * ends[-1], in_dq))
+        self.steps = [launch(first, end - first) for first, end in itertools.pairwise([*ends, query_tiles])]
+
+    def __call__(self, words):
+        for step in self.steps:
+            step(words)
+
+
 class BackwardPlan:
     """The launches of a backward pass and the buffers between them."""
 
@@ -671,7 +696,11 @@ class BackwardPlan:
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
-        rows = {"padded_queries": padded, "padding": padding}
+        in_dq = 0
+        if maps is not None and not in_parts and not self.query_parts and not problem.sequences:
+            in_dq = _tiles_in_dq(problem, views, dims, padded, main)
+        self.rows_in_dq = in_dq * main.query_tile if in_dq else 0
+        rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
         numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
@@ -717,7 +746,12 @@ class BackwardPlan:
             name, blocks = f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks
             if maps is not None:
                 name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
-            self.finish = launch("backward_rows.cu", name, blocks, 256, 0, packed)
+
+            def finish(first, count):
+                of_tiles = argument(problem, {**query_views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, first_tile=first, **rows)
+                return launch("backward_rows.cu", name, count, 256, 0, of_tiles)
+
+            self.finish = FinishInPlace(finish, in_dq, blocks) if in_dq else launch("backward_rows.cu", name, blocks, 256, 0, packed)
         if in_parts:
             self.main = PartsBackward(float32_parts, self.main, launch_sm80(standby, not self.in_order), self.finish, self.query)
             self.finish = self.query = None

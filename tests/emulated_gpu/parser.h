@@ -445,14 +445,12 @@ class Parser {
     if (s.op != "cvt") return false;
     const string &from = s.type, &to = s.parts[s.parts.size() - 2];
     const bool ftz = s.has("ftz");
-    static const std::set<string> known{"rn", "rni", "rzi", "rna", "ftz", "sat", "relu"};
+    static const std::set<string> known{"rn", "rni", "rzi", "rna", "ftz", "sat"};
     for (size_t k = 1; k + 2 < s.parts.size(); ++k) if (!known.count(s.parts[k])) return false;
     if (to == "f16x2" || to == "bf16x2") {   // the first operand becomes the upper half
       take_all(s, {4, 4, 4});
-      if (from == "f32" && s.has("relu")) code.run = to == "f16x2" ? map2<u32, float, float, [](float a, float b) { return pair((half)(b < 0 ? 0 : b), (half)(a < 0 ? 0 : a)); }>
-                                                       : map2<u32, float, float, [](float a, float b) -> u32 { return to_bfloat(b < 0 ? 0 : b) | (u32)to_bfloat(a < 0 ? 0 : a) << 16; }>;
-      else if (from == "f32") code.run = to == "f16x2" ? map2<u32, float, float, [](float a, float b) { return pair((half)b, (half)a); }>
-                                       : map2<u32, float, float, [](float a, float b) -> u32 { return to_bfloat(b) | (u32)to_bfloat(a) << 16; }>;
+      if (from == "f32") code.run = to == "f16x2" ? map2<u32, float, float, [](float a, float b) { return pair((half)b, (half)a); }>
+                                  : map2<u32, float, float, [](float a, float b) -> u32 { return to_bfloat(b) | (u32)to_bfloat(a) << 16; }>;
       return true;
     }
     take_all(s, {lane_bytes_of(to), lane_bytes_of(from)});
