@@ -265,14 +265,15 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     wgmma_wait<0>();
     pin(p[0]);
   }
-  float* dq_target = nullptr;   // of the tile before
+  constexpr u32 NONE = ~0u;
+  u32 dq_row = NONE;   // of the tile before, where its sums of dQ are
 
 #pragma unroll 1
   for (int head = 0; head < problem.heads_per_block; ++head) {
     Place place = block.place;
     place.head += head;
     const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
-    const i64 first_row = block.sequence.padded_row(problem, place);
+    const u32 first_row = block.sequence.padded_row(problem, place);
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers
+      const bool follows = Tiles::PARTS > 1 ? dq_row != NONE : step > block.first_tile || head > 0;   // the former takes fewer registers
       const bool more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
       gradients_of_keys(place, score, tile, part);
       if (part + 1 < Tiles::PARTS) {
@@ -298,8 +299,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       if (more) q_ring.wait_full(base + Tiles::Q_FULL);
       multiply_k_q(0);   // it runs while dQ is added
       wgmma_wait<1>();
-      if (follows) add_dq(dq, dq_target);
-      dq_target = dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
+      if (follows) add_dq(dq, dq_sum_row(problem, dq_row, HEAD_DIM));
+      dq_row = first_row + tile * QUERY_TILE;
       wgmma_wait<0>();
       pin(p[0]);
     }
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     QueryGradient dq;
     multiply_ds_k(dq, true);
     wgmma_wait<0>();
-    add_dq(dq, dq_target);
+    add_dq(dq, dq_sum_row(problem, dq_row, HEAD_DIM));
   }
 
   auto store = [&](const Block& block) {
