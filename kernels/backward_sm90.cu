@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
     const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
     int lane = threadIdx.x % 32;
-    if constexpr ((OPTIONS & (DROPOUT | BIAS_GRADIENT)) != 0) keep_here(lane);   // registers are short
+    if constexpr ((OPTIONS & (DROPOUT | BIAS | BIAS_GRADIENT)) != 0) keep_here(lane);   // registers are short
     const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
     const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
     const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
@@ -265,15 +265,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     wgmma_wait<0>();
     pin(p[0]);
   }
-  constexpr u32 NONE = ~0u;
-  u32 dq_row = NONE;   // of the tile before, where its sums of dQ are
+  float* dq_target = nullptr;   // of the tile before
 
 #pragma unroll 1
   for (int head = 0; head < problem.heads_per_block; ++head) {
     Place place = block.place;
     place.head += head;
     const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
-    const u32 first_row = block.sequence.padded_row(problem, place);
+    const i64 first_row = block.sequence.padded_row(problem, place);
     if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = Tiles::PARTS > 1 ? dq_row != NONE : step > block.first_tile || head > 0;   // the former takes fewer registers
+      const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers
       const bool more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
       gradients_of_keys(place, score, tile, part);
       if (part + 1 < Tiles::PARTS) {
@@ -299,8 +298,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       if (more) q_ring.wait_full(base + Tiles::Q_FULL);
       multiply_k_q(0);   // it runs while dQ is added
       wgmma_wait<1>();
-      if (follows) add_dq(dq, dq_sum_row(problem, dq_row, HEAD_DIM));
-      dq_row = first_row + tile * QUERY_TILE;
+      if (follows) add_dq(dq, dq_target);
+      dq_target = dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
       wgmma_wait<0>();
       pin(p[0]);
     }
@@ -310,7 +309,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     QueryGradient dq;
     multiply_ds_k(dq, true);
     wgmma_wait<0>();
-    add_dq(dq, dq_sum_row(problem, dq_row, HEAD_DIM));
+    add_dq(dq, dq_target);
   }
 
   auto store = [&](const Block& block) {
