@@ -168,7 +168,7 @@ def test_softcaps(arrays, scale, softcap, no_plans):
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed", "mostly far below", "all below", "within", "a little beyond"])
 @pytest.mark.parametrize("softcap", [8.0, 30.0, 100.0])
 def test_a_softcap_of_scores_of_every_size(arrays, softcap, order, no_plans):
-    """Three times the cap on both sides, so that some tiles are inside what a polynomial does and others are not: no score is off by more than the instruction for tanh."""
+    """Up to three times the cap, so that some tiles are inside what a polynomial does and others are not: none is off by more than the instruction for tanh."""
     q, k, v = arrays.qkv(200, 1100, 64)
     raw = numpy.linspace(-3, 3, 1100) * softcap
     if order == "falling":

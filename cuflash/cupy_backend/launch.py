@@ -59,7 +59,7 @@ LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncat
 TANH, TANH_RANGE = (0.99979351, -0.32854938, 0.10490519), 0.6
 TANH_LOSS = 2.0**-13  # what the polynomial may take off a row's sum by being steeper
 MAX_SPLITS = 64  # parts of dbias
-IN_PLACE_WORK = 2**40  # queries times keys times head dim of a backward that takes 10 ms and more: to finish dQ in place, in some more launches, is nothing beside it
+IN_PLACE_WORK = 2**40  # queries times keys times head dim of a backward of 10 ms and more, beside which the launches that finish dQ in place are nothing
 MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
 
@@ -217,7 +217,8 @@ def _capped(problem):
         return 0, 0, 0, 0, math.inf
     x = numpy.linspace(TANH_RANGE, 10, 4000)
     exact, steeper = numpy.tanh(x), x * numpy.polyval(TANH[::-1], x * x)
-    lost = problem.key_length * (numpy.exp(-problem.softcap * exact) * -numpy.expm1(-problem.softcap * (steeper - exact))).max()  # against a shift of 0, by all keys
+    lost = numpy.exp(-problem.softcap * exact) * -numpy.expm1(-problem.softcap * (steeper - exact))  # of each key, against a shift of 0
+    lost = problem.key_length * lost.max()
     return *coefficients, unit * steeper[0], math.log2(lost / TANH_LOSS) if lost else -math.inf
 
 
@@ -597,10 +598,10 @@ def _sweep_forward(problem, dims, size):
 
 
 def _tiles_in_dq(problem, views, dims, padded, tile):
-    """How many query tiles of dQ's sums can lie in dq until it takes their place: half of them, where its rows lie as theirs do and the work is worth some launches."""
-    whole = dims[0] == problem.head_dim <= 128 and padded == problem.query_length and views["dq"] == contiguous_layout(problem.out_shape[:-1] + dims[:1])
+    """How many query tiles of dQ's sums lie in dq until it takes their place: half, where rows lie there as theirs do and the work is worth some launches."""
+    whole = dims[0] == problem.head_dim and padded == problem.query_length and views["dq"] == contiguous_layout(problem.out_shape[:-1] + dims[:1])
     places = math.prod(problem.lead)
-    if not whole or problem.q_lengths is not None or places * padded * problem.key_length * dims[0] < IN_PLACE_WORK:
+    if tile.kernel != "backward_sm90" or not whole or places * padded * problem.key_length * dims[0] < IN_PLACE_WORK:
         return 0
     return places * padded // tile.query_tile // 2
 
@@ -748,7 +749,7 @@ class BackwardPlan:
                 name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
 
             def finish(first, count):
-                of_tiles = argument(problem, {**query_views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, first_tile=first, **rows)
+                of_tiles = argument(problem, {**query_views, **dq}, None, alignment, sweep_heads=sweep_heads, first_tile=first, **rows)
                 return launch("backward_rows.cu", name, count, 256, 0, of_tiles)
 
             self.finish = FinishInPlace(finish, in_dq, blocks) if in_dq else launch("backward_rows.cu", name, blocks, 256, 0, packed)
