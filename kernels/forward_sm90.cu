@@ -247,6 +247,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       bias_ring.advance();
     }
   };
+
   // LONG_SUMS: the tensor cores truncate what they add to O (accumulate in product_sm80.cuh). So they sum SEGMENT key tiles at most; the totals, each
   // thread's own, are added up in round-to-nearest.
   constexpr int SEGMENT = 4096 / KEY_TILE;
