@@ -58,7 +58,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
 
   // Probabilities of two rows, weight(n, 2 * row + i, shift, zero) each: `keep(n, row, p)` is given each pair of neighbours, in the order of n and of row in it, or
   // BY_ROWS, one after the other, which takes fewer registers; tile_sum what they add up to. `zero` is 0, and there once it is the chunk's time (PACE); so is the
-  // shift. With PACE `keep` returns a word of what it kept, which is no NaN as a float if no probability is.
+  // shift. With PACE `keep` returns a word of what it kept, whose highest bit is 0.
   template <bool BY_ROWS = false, typename Weight, typename Keep> __device__ __forceinline__ void weights(Weight weight, const Real (&against)[2], Real (&tile_sum)[2], Keep keep) const {
     tile_sum[0] = tile_sum[1] = 0.0f;   // on its own first: added one by one to the sum of a long row, equal terms would all round the same way
     constexpr int RECENT = PACE ? PACE : 1;
@@ -67,7 +67,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     for (int k = 0; k < COLUMNS / 4; ++k) {
       const int n = BY_ROWS ? k % (COLUMNS / 8) : k / 2, row = BY_ROWS ? k / (COLUMNS / 8) : k % 2;
       const bool waits = PACE > 0 && n >= PACE;
-      const Real zero = waits ? __uint_as_float(kept[n % RECENT][row]) * 0.0f : 0.0f, shift = waits ? against[row] + zero : against[row];
+      const Real zero = waits ? __uint_as_float(kept[n % RECENT][row] >> 31) : 0.0f, shift = waits ? against[row] + zero : against[row];
       Real p[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -99,14 +99,15 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     const Real against[2] = {BASED ? -base[0] : 0, BASED ? -base[1] : 0};
     Real tile_sum[2];
     exponentials(scores, exponential, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, !(tile_sum[0] >= 1.0f && tile_sum[1] >= 1.0f && tile_sum[0] <= MOST && tile_sum[1] <= MOST))) return false;   // a NaN too
+    const float smallest = fminf(tile_sum[0], tile_sum[1]), largest = fmaxf(tile_sum[0], tile_sum[1]);
+    if (__any_sync(0xffffffff, !(smallest >= 1.0f && largest <= MOST))) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) shift[row] = 0.0f, sum[row] = tile_sum[row];
     return true;
   }
 
   // A further tile without raise() and its maximum: the sum of the exponentials tells whether one was too large. Then nothing is taken, and the answer is false.
-  // A row that has seen nothing has a shift so low that any score is too large.
+  // A row that has seen nothing has a shift so low that any score is too large. A NaN is not: it shows in the sum.
   template <typename Exponential, typename Keep> __device__ __forceinline__ bool try_take(const Real (&scores)[COLUMNS / 8][4], const Exponential& exponential, Keep keep) {
     return try_weights([&](int n, int i, Real shift, Real) { return exponential(scores[n][i], shift); }, keep);
   }
@@ -120,7 +121,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
     if (BASED) against[0] -= base[0], against[1] -= base[1];
     Real tile_sum[2];
     weights(weight, against, tile_sum, keep);
-    if (__any_sync(0xffffffff, !(tile_sum[0] <= most[0] && tile_sum[1] <= most[1]))) return false;   // a NaN too
+    if (__any_sync(0xffffffff, tile_sum[0] > most[0] || tile_sum[1] > most[1])) return false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] += tile_sum[row];
     return true;

@@ -28,11 +28,12 @@ def test_forward(every, name, bad, place):
     same_kind(lse, expected_lse)
 
 
-def test_other_rows_are_untouched(every):
-    q, k, v = every.qkv(200, 130, 40)
-    clean = to_numpy(cuflash.attention(q, k, v, **every.options))
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "seed": 5}], ids=["plain", "dropout"])
+def test_other_rows_are_untouched(every, options):
+    q, k, v = every.qkv(200, 600, 40)
+    clean = to_numpy(cuflash.attention(q, k, v, **options, **every.options))
     q[77] = numpy.nan
-    out = to_numpy(cuflash.attention(q, k, v, **every.options))
+    out = to_numpy(cuflash.attention(q, k, v, **options, **every.options))
     assert numpy.isnan(out[77]).all()
     numpy.testing.assert_array_equal(numpy.delete(out, 77, 0), numpy.delete(clean, 77, 0))
 

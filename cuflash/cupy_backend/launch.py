@@ -213,7 +213,8 @@ def _capped(problem):
     """struct CappedExponents of kernels/problem.cuh."""
     unit, ratio = problem.softcap / math.log(2), problem.scale / problem.softcap
     coefficients = [unit * ratio ** (2 * i + 1) * coefficient for i, coefficient in enumerate(TANH)]
-    if max(map(abs, coefficients)) > float(_range_of_sums(problem).max):
+    sizes = [abs(coefficient) for coefficient in coefficients]
+    if max(sizes) > float(_range_of_sums(problem).max) or min(sizes) < _range_of_sums(problem).tiny:  # what is infinite times 0 would be no number
         return 0, 0, 0, 0, math.inf
     x = numpy.linspace(TANH_RANGE, 10, 4000)
     exact, steeper = numpy.tanh(x), x * numpy.polyval(TANH[::-1], x * x)
