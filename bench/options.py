@@ -27,7 +27,7 @@ def seconds(calls, rounds=9):
 
 
 def forward_and_backward(arrays, options):
-    """Their calls."""
+    """The calls of both passes, to be timed."""
     dout, q, k, v = arrays
     out, lse = cuflash.attention_forward(q, k, v, **options)
     return (lambda: cuflash.attention_forward(q, k, v, **options)), (lambda: cuflash.attention_backward(dout, q, k, v, out, lse, **options))

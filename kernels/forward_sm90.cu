@@ -91,7 +91,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   Ring<STAGES> k_ring, v_ring;
   float output[VALUE_DIM / 8][4], scores[1][KEY_TILE / 8][4];
   u32 p[KEY_TILE / 16][4];
-  using Softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2, (AT_ONCE && (OPTIONS & SOFTCAP) != 0) || DROPS_AT_ONCE ? 8 : 0>;
+  constexpr int PACE = (AT_ONCE && (OPTIONS & SOFTCAP)) || DROPS_AT_ONCE ? 8 : 0;
+  using Softmax = OnlineSoftmax<KEY_TILE, float, SLOPED, PARTS == 2, PACE>;
   Softmax softmax;
   // PARTS: what P V of a tile adds up to on its own, for O is in other units and summed in round-to-nearest; the low parts of P, and the powers of two that
   // turn products of parts into those of numbers.
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
   };
   auto weight_at_once = [&](int n, int i, float shift, float zero) {   // AT_ONCE: of a product
     const float product = scores[0][n][i];
-    if constexpr ((OPTIONS & SOFTCAP) != 0) return Exp::of(problem.capped.exponent(product, shift, zero));
+    if constexpr ((OPTIONS & SOFTCAP) != 0) return Exp::of(capped_exponent(problem.capped, product, shift, zero));
     else if constexpr ((OPTIONS & MASK) != 0) return exponential(mask.seen(0, n, i) ? product : -infinity(), shift);
     else return exponential(product, fmaf(to_float(Element{(u16)(bias[n][i / 2] >> i % 2 * 16)}), -Exp::LOG2_E, shift));
   };
@@ -213,11 +214,14 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
       kept.begin({tile.block.schedule.place, (u32)tile.block.sequence.index}, tile.block.first_query + warp_row + lane / 4, n * KEY_TILE + lane % 4 * 2);
   };
   auto try_at_once = [&] {
-    if constexpr ((OPTIONS & SOFTCAP) == 0) return softmax.try_weights(weight_at_once, keep);
-    float most[2];   // if a row's probabilities add up to no more, none of its scores is beyond what the polynomial is good for
+    if constexpr ((OPTIONS & SOFTCAP) != 0) {
+      float most[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) most[row] = softmax.shift[row] >= problem.capped.least_shift ? fminf(softmax.MOST, Exp::of(problem.capped.most - softmax.shift[row])) : 0.0f;
-    return !__any_sync(0xffffffff, fminf(most[0], most[1]) < 1.0f) && softmax.try_weights(weight_at_once, most, keep);
+      for (int row = 0; row < 2; ++row) most[row] = fminf(softmax.MOST, largest_sum_of_capped(problem.capped, softmax.shift[row]));
+      return !__any_sync(0xffffffff, fminf(most[0], most[1]) < 1.0f) && softmax.try_weights(weight_at_once, most, keep);
+    } else {
+      return softmax.try_weights(weight_at_once, keep);
+    }
   };
   auto probabilities = [&](const Tile& tile, int n) {   // after O is done: it may have to be rescaled
     softmax.raise(scores[0], exponential, [&](int row, float ratio) {

@@ -44,12 +44,6 @@ struct Factors {
 // with the product everywhere. Further down it falls too fast; `least_shift` is where a row's shift has to be for that not to matter (_capped in launch.py).
 struct CappedExponents {
   float first, third, fifth, most, least_shift;
-
-  // Against a shift; `zero` is added to the square (OnlineSoftmax::weights).
-  __device__ __forceinline__ float exponent(float product, float shift, float zero) const {
-    const float square = fmaf(product, product, zero);
-    return fmaf(product, fmaf(fmaf(square, fifth, third), square, first), -shift);
-  }
 };
 
 struct Problem {
@@ -63,8 +57,7 @@ struct Problem {
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
   u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, how many key blocks have added to its dQ, or null
-  float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up
-  float* dq_sum_rest;           // the same, where the rows from rows_in_dq on are: the others may lie in dq itself, until dQ takes their place (dq_sum_row)
+  float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up; its first rows_in_dq rows lie in dq
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
   float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Of float32 calls parts_words.cuh lies behind it
@@ -73,7 +66,7 @@ struct Problem {
   unsigned long long seed;      // dropout
   i64 offset;                   // query i stands at key i + offset
   i64 split_stride;             // gradient of the bias: elements from one part to the next
-  i64 rows_in_dq;
+  i64 rows_in_dq;               // backward_sm90: in the memory of dq, until dQ takes their place (dq_sum_row)
   i64 left, right;              // bounded: query i sees the keys from i + offset - left to i + offset + right
   int batch[BATCH_DIMS];
   int heads;
@@ -115,7 +108,7 @@ template <typename Real> __device__ __forceinline__ Real* reals(float* data) { r
 
 // A padded row of what the key blocks add up to dQ.
 template <typename Real = float> __device__ __forceinline__ Real* dq_sum_row(const Problem& problem, i64 row, int columns) {
-  return reals<Real>(row < problem.rows_in_dq ? problem.dq_sum : problem.dq_sum_rest) + row * columns;
+  return reals<Real>(row < problem.rows_in_dq ? (float*)problem.dq.data : problem.dq_sum) + row * columns;
 }
 
 // How many heads, and entries of a batch dimension, of an array are its own.

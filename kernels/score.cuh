@@ -213,6 +213,16 @@ template <> struct Exponential<FLOAT64> {
   static __device__ __forceinline__ double lse(double shift, double sum) { return shift + log(sum); }
 };
 
+// The exponent of a product that is yet to be capped, against a shift, in place of Score and Exponential; `zero` is that of OnlineSoftmax::weights. What a row's
+// probabilities may add up to if none of its scores is to be beyond what the polynomial is good for; 0 where that does not help.
+__device__ __forceinline__ float capped_exponent(const CappedExponents& capped, float product, float shift, float zero) {
+  const float square = fmaf(product, product, zero);
+  return fmaf(product, fmaf(fmaf(square, capped.fifth, capped.third), square, capped.first), -shift);
+}
+__device__ __forceinline__ float largest_sum_of_capped(const CappedExponents& capped, float shift) {
+  return shift >= capped.least_shift ? exp2_approximate(capped.most - shift) : 0.0f;
+}
+
 // dS = P ∘ (dP - D) of one pair. A probability that was dropped carries a minus sign: its dP is 0.
 template <int OPTIONS, typename Real> __device__ __forceinline__ Real gradient_of_score(const Problem& problem, Real p, Real dp, Real d) {
   if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0 ? d : fma(dp, factors<Real>(problem).keep_inverse, -d));

@@ -242,7 +242,7 @@ def test_memory_is_linear_in_the_length(key_heads, deterministic, seed):
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_sums_of_dq_in_dq_itself(precision, head_dim, length, options, seed, no_plans, monkeypatch):
     """As large calls have them on a Hopper GPU: half of the sums lie where dq will be. It has the same bits, and the call takes that much less memory."""
-    from cuflash.cupy_backend import launch
+    from cuflash.cupy_backend import launch, tiles
 
     if launch.family(cupy.cuda.Device().id)[0] != "sm90":
         pytest.skip("needs a GPU of compute capability 9.0")
@@ -250,7 +250,7 @@ def test_sums_of_dq_in_dq_itself(precision, head_dim, length, options, seed, no_
     dout, q, k, v = (arrays.normal(3, length, head_dim) for _ in range(4))
     expected = forward_and_backward(dout, q, k, v, deterministic=True, **options)
     apart = peak_bytes(cupy, lambda: cuflash.attention_backward(dout, q, k, v, *expected[:2], deterministic=True, **options))
-    monkeypatch.setattr(launch, "IN_PLACE_WORK", 0)
+    monkeypatch.setattr(tiles, "IN_PLACE_WORK", 0)
     no_plans.clear()
     with guarded_memory():
         results = forward_and_backward(dout, q, k, v, deterministic=True, **options)

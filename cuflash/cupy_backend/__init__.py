@@ -116,13 +116,8 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         words["row_turn"] = rows[-1].data.ptr
     query_sum, query_parts, key_parts = None, dq, (dk, dv)
     if plan.dq_sum_shape is not None:
-        if plan.rows_in_dq:  # there they take the place of two rows each
-            columns = plan.dq_sum_shape[-1]
-            query_sum = cupy.empty((plan.rows - plan.rows_in_dq, columns), sums)
-            words |= {"dq_sum": dq.data.ptr, "dq_sum_rest": query_sum.data.ptr - plan.rows_in_dq * columns * sums.itemsize}
-        else:
-            query_sum = cupy.empty(plan.dq_sum_shape, sums)
-            words |= {"dq_sum": query_sum.data.ptr, "dq_sum_rest": query_sum.data.ptr}
+        query_sum = cupy.empty(plan.dq_sum_shape, sums)
+        words["dq_sum"] = query_sum.data.ptr - plan.rows_in_dq * plan.dq_sum_shape[-1] * sums.itemsize  # rows count from those in dq
     parts = cupy.zeros if problem.sequences else cupy.empty
     if plan.query_parts and (plan.separate_dq or plan.finishes):
         query_parts = parts(plan.dq_shape, sums)

@@ -24,7 +24,7 @@ log = logging.getLogger("cuflash")
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
 # 64 bits each that a call fills in.
-WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "dq_sum_rest", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
+WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
 DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
@@ -59,7 +59,6 @@ LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncat
 TANH, TANH_RANGE = (0.99979351, -0.32854938, 0.10490519), 0.6
 TANH_LOSS = 2.0**-13  # what the polynomial may take off a row's sum by being steeper
 MAX_SPLITS = 64  # parts of dbias
-IN_PLACE_WORK = 2**40  # queries times keys times head dim of a backward of 10 ms and more, beside which the launches that finish dQ in place are nothing
 MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: what a tile of up to 128 columns has there, and the rest of a word or two
 
 
@@ -602,7 +601,7 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
     """How many query tiles of dQ's sums lie in dq until it takes their place: half, where rows lie there as theirs do and the work is worth some launches."""
     whole = dims[0] == problem.head_dim and padded == problem.query_length and views["dq"] == contiguous_layout(problem.out_shape[:-1] + dims[:1])
     places = math.prod(problem.lead)
-    if tile.kernel != "backward_sm90" or not whole or places * padded * problem.key_length * dims[0] < IN_PLACE_WORK:
+    if tile.kernel != "backward_sm90" or not whole or places * padded * problem.key_length * dims[0] < tiles.IN_PLACE_WORK:
         return 0
     return places * padded // tile.query_tile // 2
 
@@ -698,10 +697,10 @@ class BackwardPlan:
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
-        in_dq = 0
-        if maps is not None and not in_parts and not self.query_parts and not problem.sequences:
-            in_dq = _tiles_in_dq(problem, views, dims, padded, main)
-        self.rows_in_dq = in_dq * main.query_tile if in_dq else 0
+        in_dq = _tiles_in_dq(problem, views, dims, padded, main)
+        self.rows_in_dq = in_dq * main.query_tile
+        if in_dq:
+            self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
         numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
         if bias_options:
@@ -738,7 +737,11 @@ class BackwardPlan:
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
-        packed = argument(problem, {**query_views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, **rows)
+
+        def argument_from(tile):
+            return argument(problem, {**query_views, **dq}, None, alignment, partial=self.query_parts, sweep_heads=sweep_heads, first_tile=tile, **rows)
+
+        packed = argument_from(0)
         if self.separate_dq or (in_parts and self.in_order):
             blocks = places * slots(problem, problem.query_length, query.query_tile)
             own = launch(query.file, query.name(precision, dims, options), blocks, query.threads, query.shared_bytes(dims, size), packed)
@@ -750,10 +753,9 @@ class BackwardPlan:
                 name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
 
             def finish(first, count):
-                of_tiles = argument(problem, {**query_views, **dq}, None, alignment, sweep_heads=sweep_heads, first_tile=first, **rows)
-                return launch("backward_rows.cu", name, count, 256, 0, of_tiles)
+                return launch("backward_rows.cu", name, count, 256, 0, argument_from(first))
 
-            self.finish = FinishInPlace(finish, in_dq, blocks) if in_dq else launch("backward_rows.cu", name, blocks, 256, 0, packed)
+            self.finish = FinishInPlace(finish, in_dq, blocks) if in_dq else finish(0, blocks)
         if in_parts:
             self.main = PartsBackward(float32_parts, self.main, launch_sm80(standby, not self.in_order), self.finish, self.query)
             self.finish = self.query = None

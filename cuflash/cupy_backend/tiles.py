@@ -376,6 +376,9 @@ FORWARD_SM90_SPLIT_KEYS = {
     192: [(math.inf, ForwardSm90Tile(1, 64, 3))],
     256: [(math.inf, ForwardSm90Tile(1, 64, 2))],
 }
+# Queries times keys times head dim from which on a backward of the sm90 family keeps half of dQ's sums in dq: 10 ms at least, and finishing dQ in place takes
+# some fifteen short launches.
+IN_PLACE_WORK = 2**40
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
 BACKWARD_SM90 = {
