@@ -14,7 +14,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
-//   | BIAS_GRADIENT: of each warp, where its head's dBias begins
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
@@ -35,7 +35,7 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, SHARED_BYTES = BIAS + 8 * 4 * WARPGROUPS;
+  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS, SHARED_BYTES = BEGIN + 8;
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
+    begin_walk<Tiles>(problem, base);
   });
 
   if (warpgroup == Tiles::WARPGROUPS) {
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 
 #pragma unroll 1
     for (int step = block.first_tile * Tiles::PARTS; step < block.last_tile * Tiles::PARTS; ++step) {
-      const int tile = block.template tile_at<IN_ORDER>(step / Tiles::PARTS), part = step % Tiles::PARTS;
+      const int tile = tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
       // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
       // takes Sᵀ of the tile after it from whatever lies there; neither is used.
       const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers

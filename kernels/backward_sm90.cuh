@@ -31,6 +31,15 @@ template <typename Make> __device__ __forceinline__ void make_barriers(Make make
   }
 }
 
+// Blocks drift apart on a long walk, and each would then fetch its query tiles and sums of dQ from device memory for itself. So where these do not fit in L2,
+// a block begins where another one is, and goes around. The thread that makes the barriers:
+template <typename Tiles> __device__ __forceinline__ void begin_walk(const Problem& problem, u32 base) { store_shared(base + Tiles::BEGIN, problem.walked_to ? load_relaxed(problem.walked_to) : 0); }
+
+template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinline__ int tile_of_walk(const Block& block, int step, u32 base) {
+  if constexpr (Block::WRAPS && !IN_ORDER) return block.tile_from(load_shared(base + Tiles::BEGIN), step);
+  else return block.template tile_at<IN_ORDER>(step);
+}
+
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
 template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
@@ -47,7 +56,8 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
     const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
 #pragma unroll 1
     for (int step = block.first_tile; step < block.last_tile; ++step) {
-      const int tile = block.template tile_at<IN_ORDER>(step);
+      const int tile = tile_of_walk<Tiles, IN_ORDER>(block, step, base);
+      if (problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
       q_ring.wait_empty(base + Tiles::Q_EMPTY);
       u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;

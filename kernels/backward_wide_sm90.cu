@@ -9,6 +9,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | Pᵀ, in the order of registers | DS_STAGES x dSᵀ  64 keys x 64 queries | Q_STAGES x lse | DO_STAGES x D | barriers
+//   | with which tile the walk begins
 //
 // Order of waits, tile t.
 //   Warpgroup 0, with Sᵀ(t) done: lse read -> place for Pᵀ empty, Pᵀ written, and full; Q empty -> dO full, dV issued -> dSᵀ(t - 1) full, its dQ issued -> dV done,
@@ -25,7 +26,7 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static constexpr int LSE = DS + DS_STAGES * DS_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8;
-  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, SHARED_BYTES = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, BEGIN = ADDED + 8, SHARED_BYTES = BEGIN + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2};   // of each warpgroup
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
     init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 1);
+    begin_walk<Tiles>(problem, base);
   });
 
   if (warpgroup == 2) {
@@ -104,9 +106,10 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   auto walk = [&](auto boxes, int first_box, auto start, auto own, auto done) {
     constexpr int BOXES = decltype(boxes)::value;
     constexpr bool ROOM = HEAD_DIM < 256;   // for the next tile's first product beside dQ
+    auto tile_at = [&](int step) { return tile_of_walk<Tiles, IN_ORDER>(block, step, base); };
     float* dq_target = nullptr;
     if (block.first_tile < block.last_tile) {
-      start(true, block.template tile_at<IN_ORDER>(block.first_tile));
+      start(true, tile_at(block.first_tile));
       wgmma_wait<0>();
     }
 #pragma unroll 1
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
       for (int step = block.first_tile; step < block.last_tile; ++step) {
         // As in backward_sm90.cu, products that are not used spare branches around others under way.
         const bool follows = step > block.first_tile || head > 0, last = step + 1 == block.last_tile, more = !last || head + 1 < problem.heads_per_block;
-        const int tile = block.template tile_at<IN_ORDER>(step), next = block.template tile_at<IN_ORDER>(last ? block.first_tile : step + 1);
+        const int tile = tile_at(step), next = tile_at(last ? block.first_tile : step + 1);
         own(place, tile);
         float dq[BOXES * 8][4];
         multiply_ds_k(dq, first_box, follows);

@@ -389,7 +389,6 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
 
     const Place& place = tile.block.place;
     const int row = warp_row + lane / 4, rows = tile.rows;
-    const i64 first_row = tile.block.sequence.first_query + tile.block.first_query;
     float lse[2];
     if constexpr (PARTS != 0) {
       float largest = 0.0f;
@@ -402,7 +401,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     }
     finish_rows<OPTIONS>(problem, place, softmax, exponential, tile.block.first_query + row, tile.block.sequence.seeing(), output, lse);
     if constexpr ((OPTIONS & SPLIT_KEYS) != 0) {
-      const i64 all_rows = (i64)problem.grid_places * problem.queries, part = tile.split * all_rows + place.flat(problem) * problem.queries + first_row;
+      const i64 all_rows = (i64)problem.grid_places * problem.queries, part = tile.split * all_rows + place.flat(problem) * problem.queries + tile.block.sequence.first_query + tile.block.first_query;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (lane % 4 == 0 && row + half * 8 < rows) problem.partial_lse[part + row + half * 8] = lse[half];
@@ -410,8 +409,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1) forward_sm90(const 
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (lane % 4 == 0 && row + half * 8 < rows) place.template rows<float>(problem.lse)[(first_row + row + half * 8) * problem.lse.row_stride] = lse[half];
-      Element* out = place.template rows<Element>(problem.out) + first_row * problem.out.row_stride;
+        if (lane % 4 == 0 && row + half * 8 < rows) tile.lse[(row + half * 8) * problem.lse.row_stride] = lse[half];
+      Element* out = (Element*)tile.out;
       if constexpr (PARTS != 0) store_float_output(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
       else store_output<PRECISION, VALUE_DIM>(output, out, problem.out.row_stride, row, rows, problem.out.columns, lane);
     }

@@ -38,6 +38,8 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
   u32 index;   // the scheduler's
   int split;   // SPLIT_KEYS: which part of the keys
   int rows;    // queries
+  void* out;   // where their rows begin, and those of lse
+  float* lse;
   Block block;
   Visible<OPTIONS> visible;
   KeyTiles<OPTIONS, KEY_TILE> keys;
@@ -63,6 +65,11 @@ template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct Query
       keys.begin = begin + (int)((i64)tiles * split / problem.splits);
       keys.end = begin + (int)((i64)tiles * (split + 1) / problem.splits);
     }
+    keep_memory_here();
+    const i64 first_row = block.sequence.first_query + block.first_query;
+    out = block.place.template rows<typename ElementOf<PRECISION>::type>(problem.out) + first_row * problem.out.row_stride;
+    keep_memory_here();
+    lse = block.place.template rows<float>(problem.lse) + first_row * problem.lse.row_stride;
     keep_memory_here();
     score = Score<PRECISION, OPTIONS>(problem, block.place, block.sequence);
     if constexpr (walks_outwards(PRECISION, OPTIONS)) {

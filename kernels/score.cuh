@@ -195,7 +195,8 @@ template <int PRECISION> struct Exponential {
   }
 
   static __device__ __forceinline__ float shift_of_lse(float lse) { return lse * UNIT; }
-  static __device__ __forceinline__ float lse(float shift, float sum) { return (NATURAL ? shift : shift * LN_2) + logf(sum); }
+  static __device__ __forceinline__ float lse(float shift, float sum) { return NATURAL ? shift + logf(sum) : (shift + log2_approximate(sum)) * LN_2; }
+  static __device__ __forceinline__ float inverse(float sum) { return NATURAL ? 1.0f / sum : reciprocal_approximate(sum); }
 };
 template <> struct Exponential<FLOAT64> {
   double factor;
@@ -211,6 +212,7 @@ template <> struct Exponential<FLOAT64> {
 
   static __device__ __forceinline__ double shift_of_lse(double lse) { return lse; }
   static __device__ __forceinline__ double lse(double shift, double sum) { return shift + log(sum); }
+  static __device__ __forceinline__ double inverse(double sum) { return 1.0 / sum; }
 };
 
 // The exponent of a product that is yet to be capped, against a shift, in place of Score and Exponential; `zero` is that of OnlineSoftmax::weights. What a row's

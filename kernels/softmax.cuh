@@ -140,7 +140,7 @@ template <int COLUMNS, typename Real = float, bool BASED = false, bool IN_PARTS 
       Real total = sum[row] + __shfl_xor_sync(0xffffffff, sum[row], 1);
       total += __shfl_xor_sync(0xffffffff, total, 2);
       const bool nothing = shift[row] == -infinity() && total == 0.0f;
-      inverse[row] = nothing ? 0 : 1 / total;
+      inverse[row] = nothing ? 0 : Exponential::inverse(total);
       lse[row] = nothing ? Real(-infinity()) : Exponential::lse(shift[row], total);
     }
   }

@@ -115,3 +115,6 @@ template <int PRECISION, int COUNT> __device__ __forceinline__ void hyperbolic_t
 }
 
 __device__ __forceinline__ float exp2_approximate(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Both to two roundings.
+__device__ __forceinline__ float log2_approximate(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float reciprocal_approximate(float x) { float y; asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

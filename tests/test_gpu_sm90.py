@@ -570,6 +570,29 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     assert own is not None or (name == "softcap" and max(dims) > 128)
 
 
+@pytest.mark.parametrize("begin", [1, 4, 5, 2**32 - 1])
+@pytest.mark.parametrize("name", ["nothing", "mask", "bias", "q_lengths", "kv_lengths", "dropout", "causal", "cu_seqlens"])
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_walks_that_begin_with_any_tile(arrays, dims, name, begin, no_plans, monkeypatch):
+    """As those of long calls do on a Hopper GPU, where another block left the number of its tile; so may anything that was in the memory before."""
+    monkeypatch.setattr(tiles, "WALK_TOGETHER_BYTES", 0)
+    empty, begins = cupy.empty, []
+
+    def with_begin(shape, dtype):
+        if shape != 1:
+            return empty(shape, dtype)
+        begins.append(cupy.full(shape, begin, dtype))
+        return begins[-1]
+
+    q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, 2, 350, dims[0]), arrays.normal(2, 2, 350, dims[1])
+    options = {} if name == "nothing" else option(name, arrays, (2,), 4, 300, 350)
+    monkeypatch.setattr(cupy, "empty", with_begin)
+    check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, **options)
+    follow = name not in ("causal", "cu_seqlens")
+    assert len(begins) == follow
+    assert all(0 <= int(walked_to[0]) < 5 for walked_to in begins)  # tiles of 64 queries, or 128
+
+
 @pytest.mark.parametrize("columns", [64, 58])
 def test_gradients_whose_batch_dimensions_lie_the_other_way_round(arrays, columns):
     """Those of heads that several share are sums of parts, which lie in another order than the array they go to. So does a copy of v, whose rows are odd."""

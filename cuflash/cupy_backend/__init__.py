@@ -114,6 +114,9 @@ def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
         words["row_sink"] = rows[2].data.ptr
     if plan.in_order:
         words["row_turn"] = rows[-1].data.ptr
+    if plan.walks_together:
+        walked_to = cupy.empty(1, cupy.uint32)
+        words["walked_to"] = walked_to.data.ptr
     query_sum, query_parts, key_parts = None, dq, (dk, dv)
     if plan.dq_sum_shape is not None:
         query_sum = cupy.empty(plan.dq_sum_shape, sums)

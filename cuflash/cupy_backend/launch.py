@@ -24,7 +24,7 @@ log = logging.getLogger("cuflash")
 BATCH_DIMS = 4
 VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "dlse", "mask", "bias", "dbias", "alibi_slopes", "sinks", "q_lengths", "kv_lengths", "offsets")
 # 64 bits each that a call fills in.
-WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
+WORDS = ("row_lse", "row_d", "row_sink", "row_turn", "walked_to", "dq_sum", "partial_out", "partial_lse", "tile_counter", "cu_q", "cu_k", "seed")
 DIVISOR = numpy.dtype([("magic", "u4"), ("shift", "u4")])
 VIEW = numpy.dtype(
     [("data", "u8"), ("batch_stride", "i8", BATCH_DIMS), ("head_stride", "i8"), ("row_stride", "i8"), ("column_stride", "i8")]
@@ -696,6 +696,8 @@ class BackwardPlan:
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
+        spread = maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
+        self.walks_together = spread and not self.in_order and not options & (tiles.WINDOW | tiles.PACKED)
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         in_dq = _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile

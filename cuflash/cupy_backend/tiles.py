@@ -174,7 +174,7 @@ class BackwardSm90Tile(_Parameters):
     def shared_bytes(self, dims, in_order=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
         slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8)
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ class BackwardWideSm90Tile(_Parameters):
 
     def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
-        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2)
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2 + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,6 +379,9 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Queries times keys times head dim from which on a backward of the sm90 family keeps half of dQ's sums in dq: 10 ms at least, and finishing dQ in place takes
 # some fifteen short launches.
 IN_PLACE_WORK = 2**40
+# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks of a call where all queries see all keys walk together (begin_walk). On an
+# H200: d 128, 2^20 steps 2.51 s, else 2.70; d 256, 2^18 steps 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal it is slower: 1.24 s, else 1.19.
+WALK_TOGETHER_BYTES = 2**28
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
 BACKWARD_SM90 = {

@@ -27,6 +27,8 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) 
 
 // What the thread did before is there for whoever finds the value, and what bulk copies it asked for then do comes after.
 __device__ __forceinline__ void store_release(u32* address, u32 value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
+__device__ __forceinline__ void store_relaxed(u32* address, u32 value) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
+__device__ __forceinline__ u32 load_relaxed(const u32* address) { u32 x; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory"); return x; }
 __device__ __forceinline__ void wait_for_value(const u32* address, u32 value) {
   asm volatile(
       "{\n.reg .pred other;\n.reg .u32 found;\n"
