@@ -14,7 +14,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled; each tile's parts after one another):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x (Pᵀ, float32 in the order of registers, then dSᵀ  64 keys x 64 queries) | Q_STAGES x lse | DO_STAGES x D
-//   | factors of K, of V, of each stage of Q and of dO | of each dSᵀ: the largest of each warp, and its factor | barriers | KeyBlock
+//   | factors of K, of V, of each stage of Q and of dO | of each dSᵀ: the largest of each warp, and its factor | barriers | GradientRows | KeyBlock
 //
 // Order of waits, tile t.
 //   Warpgroup 0, with Sᵀ(t) done: lse read -> place for Pᵀ empty (its dQ(t - DS_STAGES) done), Pᵀ written, and full; Q empty -> dO full, dV issued -> dSᵀ(t - 1) full, its
@@ -45,7 +45,7 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int P_FULL = DO_EMPTY + 8 * DO_STAGES, DS_FULL = P_FULL + 8 * DS_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
   static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
-  static constexpr int BLOCK = ADDED + 8, BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;
+  static constexpr int ROWS_FOUND = ADDED + 8, ROWS = ROWS_FOUND + 8, BLOCK = ROWS + sizeof(GradientRows), BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2}, DQ_WARPS = DQ_BOXES[1] ? 8 : 4;   // of each warpgroup, and how many warps make dQ
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_BOXES[0] == 1, "operands are whole boxes, and dQ of a warpgroup is one");
   static_assert(DS_STAGES > 1, "dQ is made one tile later");
@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
+    if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
     if (warp == 0) load_parts_for_key_block<Tiles, Block, OPTIONS, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
     if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
     return;
@@ -308,7 +309,8 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
           do_ring.advance();
         });
-    store_key_gradient<PRECISION, OPTIONS>(problem, Block(problem, block_index_again()), problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+    const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
+    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
   } else {
     float dk[HEAD_DIM / 8][4] = {}, v_factor = 0.0f;
     if (block.first_tile < block.last_tile) {
@@ -388,6 +390,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
           arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
           q_ring.advance();
         });
-    store_key_gradient<PRECISION, OPTIONS>(problem, Block(problem, block_index_again()), problem.dk, dk, problem.scale, row, lane);
+    const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
+    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane);
   }
 }

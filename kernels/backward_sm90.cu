@@ -14,7 +14,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
-//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins | GradientRows
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
@@ -35,7 +35,8 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS, SHARED_BYTES = BEGIN + 8;
+  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS;
+  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, SHARED_BYTES = ROWS + sizeof(GradientRows);
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
+    if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
     if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
     if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
       constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
@@ -313,14 +315,11 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     add_dq(dq, dq_target);
   }
 
-  auto store = [&](const Block& block) {
-    const int row = key_row + lane / 4;
-    constexpr bool MAKES_BIAS = (OPTIONS & BIAS_GRADIENT) != 0, FEW_REGISTERS = (OPTIONS & BIAS && !MAKES_BIAS) || ((IN_ORDER || MAKES_BIAS) && OPTIONS & (WINDOW | PACKED | LENGTHS));
-    const u32 scratch = FEW_REGISTERS ? 0 : base + Tiles::V + key_row * 128;   // where the warp's values were: all threads are done with them since dSᵀ of the last tile was full
-    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane, scratch);
-    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
-  };
-  if constexpr (Tiles::PARTS > 1) store(Block(problem, block_index_again()));   // registers are short
-  else store(block);
+  const int warp_row = threadIdx.x / 32 * 16, row = warp_row + lane / 4;   // not by the warpgroup, which would be kept till here
+  const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
+  constexpr bool FEW_REGISTERS = (OPTIONS & BIAS) && !(OPTIONS & BIAS_GRADIENT) && (OPTIONS & (WINDOW | PACKED | LENGTHS));
+  const u32 scratch = FEW_REGISTERS ? 0 : base + Tiles::V + warp_row * 128;   // where the warp's values were: all threads are done with them since dSᵀ of the last tile was full
+  store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane, scratch);
+  store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
   if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
 }

@@ -14,6 +14,7 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
   barrier_init(base + Tiles::V_FULL, 1);
   init_ring(base, Tiles::Q_FULL, 1, Tiles::Q_EMPTY, 8, Q_STAGES);
   init_ring(base, Tiles::DO_FULL, 1, Tiles::DO_EMPTY, 8, DO_STAGES);
+  barrier_init(base + Tiles::ROWS_FOUND, 1);
 }
 
 // make() makes the barriers, in the thread that loads, which goes on at once; the others wait for it. A block of 384 threads, of which the last 128 load.
@@ -111,34 +112,62 @@ template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinli
   });
 }
 
-// dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `row`: the lane's first key, of the block. `scratch`: 2 KiB of
-// shared memory that nobody else needs any more, or 0.
-template <int PRECISION, int OPTIONS, typename Block, int COUNT>
-__device__ __forceinline__ void store_key_gradient(const Problem& problem, const Block& block, const Array& array, float (&d)[COUNT][4], float factor, int row, int lane, u32 scratch = 0) {
+// Where the block's rows of dK and dV begin, how many of them exist, and how many take part.
+struct GradientRows {
+  void *dk, *dv;
+  int rows, taking_part;
+};
+
+// A warp that has nothing else to do works that out while others compute: they would do it one long product after the other, at the very end.
+template <int PRECISION, typename Tiles, typename Block> __device__ __forceinline__ void find_gradient_rows(const Problem& problem, u8* shared, u32 base) {
   using Element = typename ElementOf<PRECISION>::type;
+  const Block block(problem, block_index_again());
+  if (!block.exists()) return;
   Place place = block.place;
   if (problem.partial) place.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
-  const int rows = block.sequence.keys - block.first_key;
   const i64 first_row = block.sequence.first_key + block.first_key;
+  const auto begin = [&](const Array& array) -> void* {
+    if (problem.partial) return place.rows<float>(array) + first_row * array.row_stride;
+    return place.rows<Element>(array) + first_row * array.row_stride;
+  };
+  GradientRows& its = *(GradientRows*)(shared + Tiles::ROWS);
+  its.rows = block.sequence.keys - block.first_key, its.taking_part = block.sequence.seen() - block.first_key;
+  its.dk = begin(problem.dk);
+  keep_memory_here();   // few registers
+  its.dv = begin(problem.dv);
+  barrier_arrive(base + Tiles::ROWS_FOUND);
+}
+
+template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_for_gradient_rows(const u8* shared, u32 base) {
+  barrier_wait(base + Tiles::ROWS_FOUND, 0);
+  return *(const GradientRows*)(shared + Tiles::ROWS);
+}
+
+// dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `to`: the block's first row; `row`: the lane's first, of the block.
+// `scratch`: 2 KiB of shared memory that nobody else needs any more, or 0.
+template <int PRECISION, int OPTIONS, int COUNT>
+__device__ __forceinline__ void store_key_gradient(const Problem& problem, const GradientRows& its, const Array& array, void* to, float (&d)[COUNT][4], float factor, int row, int lane, u32 scratch = 0) {
+  using Element = typename ElementOf<PRECISION>::type;
+  const int rows = its.rows, taking_part = its.taking_part;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool takes_part = !(OPTIONS & LENGTHS) || block.first_key + row + half * 8 < block.sequence.seen();   // else 0, whatever NaN of the others came by
+    const bool takes_part = !(OPTIONS & LENGTHS) || row + half * 8 < taking_part;   // else 0, whatever NaN of the others came by
 #pragma unroll
     for (int n = 0; n < COUNT; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
   }
   if (problem.partial) {
-    store_floats(d, place.rows<float>(array) + first_row * array.row_stride, array.row_stride, row, rows, lane);
+    store_floats(d, (float*)to, array.row_stride, row, rows, lane);
     return;
   }
   if constexpr (sizeof(Element) == 2) {
-    Element* first = place.rows<Element>(array) + (first_row + row - lane / 4) * array.row_stride;
+    Element* first = (Element*)to + (row - lane / 4) * array.row_stride;
     if (scratch && uniform(whole_chunks(first, array.row_stride, array.columns))) {
       store_output_in_lines<PRECISION, COUNT * 8>(d, first, array.row_stride, rows - (row - lane / 4), array.columns, lane, scratch);
       return;
     }
   }
-  if constexpr (sizeof(Element) == 4) store_float_output(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
-  else store_output<PRECISION, COUNT * 8>(d, place.rows<Element>(array) + first_row * array.row_stride, array.row_stride, row, rows, array.columns, lane);
+  if constexpr (sizeof(Element) == 4) store_float_output(d, (Element*)to, array.row_stride, row, rows, array.columns, lane);
+  else store_output<PRECISION, COUNT * 8>(d, (Element*)to, array.row_stride, row, rows, array.columns, lane);
 }

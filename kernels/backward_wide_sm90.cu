@@ -9,7 +9,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | Pᵀ, in the order of registers | DS_STAGES x dSᵀ  64 keys x 64 queries | Q_STAGES x lse | DO_STAGES x D | barriers
-//   | with which tile the walk begins
+//   | with which tile the walk begins | GradientRows
 //
 // Order of waits, tile t.
 //   Warpgroup 0, with Sᵀ(t) done: lse read -> place for Pᵀ empty, Pᵀ written, and full; Q empty -> dO full, dV issued -> dSᵀ(t - 1) full, its dQ issued -> dV done,
@@ -26,7 +26,8 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static constexpr int LSE = DS + DS_STAGES * DS_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8;
-  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, BEGIN = ADDED + 8, SHARED_BYTES = BEGIN + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, BEGIN = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, SHARED_BYTES = ROWS + sizeof(GradientRows);
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2};   // of each warpgroup
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
+    if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
     if (warp == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
     if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
     return;
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
           arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
           do_ring.advance();
         });
-    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+    const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
+    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
   } else {
     float dk[HEAD_DIM / 8][4] = {}, dp[8][4];
     if (block.first_tile < block.last_tile) {
@@ -255,6 +258,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
           arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
           q_ring.advance();
         });
-    store_key_gradient<PRECISION, OPTIONS>(problem, block, problem.dk, dk, problem.scale, row, lane);
+    const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
+    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane);
   }
 }

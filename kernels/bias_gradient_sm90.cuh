@@ -48,7 +48,7 @@ template <int PRECISION, int OPTIONS> struct BiasGradient {
       for (int half = 0; half < 2; ++half) queries_left[half] = key + half * 8 < sequence.seen() ? sequence.seeing() - query : 0;
       if constexpr (ONE_ROW) return;
       const int own = threadIdx.x % 32 / 4;   // which of the sums over keys
-      at = gradient.first() + (ONE_COLUMN ? query + own / 2 * 8 + own % 2 : query * problem.dbias.row_stride + key);
+      at = gradient.first() + (ONE_COLUMN ? query + own / 2 * 8 + own % 2 : (u32)query * problem.dbias.row_stride + (u32)key);   // neither is negative
     }
   };
 

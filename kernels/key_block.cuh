@@ -36,7 +36,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   template <bool DESCENDING> __device__ __forceinline__ int tile_at(int step) const { return DESCENDING ? first_tile + last_tile - 1 - step : step; }
 
   // The same for a walk that begins with tile `begin`, if that is one of them, and goes on after the last tile with the first.
-  static constexpr bool WRAPS = !(OPTIONS & (WINDOW | PACKED));   // whether there may be such walks
+  static constexpr bool WRAPS = !(OPTIONS & (WINDOW | PACKED));   // others are not asked for such walks
   __device__ __forceinline__ int tile_from(u32 begin, int step) const {
     const u32 tiles = last_tile - first_tile, before = begin - first_tile;
     const int tile = step + (before < tiles ? before : 0);

@@ -166,9 +166,9 @@ struct Place {
 
   // First element of this place's rows of an array.
   template <typename Element> __device__ __forceinline__ Element* rows(const Array& array) const {
-    i64 at = (i64)array.head_of(head) * array.head_stride;
+    i64 at = (u32)array.head_of(head) * array.head_stride;   // not negative, so that there is no sign to extend
 #pragma unroll
-    for (int i = 0; i < BATCH_DIMS; ++i) at += batch[i] * array.batch_stride[i];
+    for (int i = 0; i < BATCH_DIMS; ++i) at += (u32)batch[i] * array.batch_stride[i];
     return (Element*)array.data + at;
   }
 };

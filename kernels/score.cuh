@@ -250,7 +250,7 @@ template <int PRECISION, int OPTIONS> struct Score {
     if constexpr ((OPTIONS & ALIBI) != 0) slope = *place.rows<Real>(problem.alibi_slopes) * factors<Real>(problem).inverse_unit, offset = sequence.offset(problem, place);
   }
   template <typename Element> static __device__ __forceinline__ const Element* first_of(const Array& array, const Place& place, const Sequence<OPTIONS>& sequence) {
-    return place.rows<Element>(array) + sequence.first_query * array.row_stride + sequence.first_key * array.column_stride;
+    return place.rows<Element>(array) + (u32)sequence.first_query * array.row_stride + (u32)sequence.first_key * array.column_stride;
   }
 
   // Products become scores, in place, in units of problem.score_unit: `scale`, or the softcap, or 1 (SCALE_FIRST). `row` and `column` are the lane's first
@@ -324,11 +324,11 @@ template <int PRECISION, int OPTIONS> struct Score {
       for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Element* at = first + (OPTIONS & BIAS_ONE_ROW ? 0 : min(column + n * 8 + i, queries - 1) * array.row_stride);
+          const Element* at = first + (OPTIONS & BIAS_ONE_ROW ? 0 : (u32)min(column + n * 8 + i, queries - 1) * array.row_stride);
 #pragma unroll
           for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[OPTIONS & BIAS_ONE_COLUMN ? 0 : min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
+            for (int half = 0; half < 2; ++half) f(m, n, 2 * half + i, at[OPTIONS & BIAS_ONE_COLUMN ? 0 : (u32)min(row + m * 16 + half * 8, keys - 1) * array.column_stride]);
         }
     } else {
       const bool pairs = array.pairs && column - column % 8 + COLUMNS <= keys;
@@ -336,7 +336,7 @@ template <int PRECISION, int OPTIONS> struct Score {
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Element* at = first + min(row + m * 16 + half * 8, queries - 1) * array.row_stride;
+          const Element* at = first + (u32)min(row + m * 16 + half * 8, queries - 1) * array.row_stride;
           if (pairs) {
             struct alignas(2 * sizeof(Element)) Pair { Element x[2]; };
 #pragma unroll
@@ -349,7 +349,7 @@ template <int PRECISION, int OPTIONS> struct Score {
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
-              for (int i = 0; i < 2; ++i) f(m, n, 2 * half + i, at[min(column + n * 8 + i, keys - 1) * array.column_stride]);
+              for (int i = 0; i < 2; ++i) f(m, n, 2 * half + i, at[(u32)min(column + n * 8 + i, keys - 1) * array.column_stride]);
           }
         }
     }

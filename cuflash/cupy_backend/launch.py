@@ -696,8 +696,8 @@ class BackwardPlan:
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
-        spread = maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
-        self.walks_together = spread and not self.in_order and not options & (tiles.WINDOW | tiles.PACKED)
+        even = problem.left is None and problem.right is None and not problem.sequences and not self.in_order
+        self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
         sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
         in_dq = _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile

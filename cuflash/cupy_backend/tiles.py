@@ -174,7 +174,7 @@ class BackwardSm90Tile(_Parameters):
     def shared_bytes(self, dims, in_order=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
         slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1)
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1 + 1) + 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ class BackwardWideSm90Tile(_Parameters):
 
     def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
-        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2 + 1)
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2 + 1 + 1) + 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class BackwardPartsSm90Tile(_Parameters):
     def shared_bytes(self, dims, precision):
         rows = 64 * PARTS[precision] * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1])
         stages = self.query_stages + self.output_stages
-        return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + 8 * (2 + 2) + 128
+        return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + 8 * (2 + 2 + 1) + 24 + 128
 
 
 @dataclasses.dataclass(frozen=True)
