@@ -200,7 +200,8 @@ class BackwardPartsSm90Tile(_Parameters):
     def shared_bytes(self, dims, precision):
         rows = 64 * PARTS[precision] * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1])
         stages = self.query_stages + self.output_stages
-        return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + 8 * (2 + 2 + 1) + 24 + 128
+        barriers = 8 * (2 + 2 + 1) + 24 + 128  # and what blocks know of their rows
+        return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,8 +380,9 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Queries times keys times head dim from which on a backward of the sm90 family keeps half of dQ's sums in dq: 10 ms at least, and finishing dQ in place takes
 # some fifteen short launches.
 IN_PLACE_WORK = 2**40
-# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks of a call where all queries see all keys walk together (begin_walk). On an
-# H200: d 128, 2^20 steps 2.51 s, else 2.70; d 256, 2^18 steps 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal it is slower: 1.24 s, else 1.19.
+# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk). On an H200: 2^20
+# steps, d 128 2.39 s, else 2.55; d 64 1.29 s, else 1.38; 2^18 steps, d 256 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal calls were slower so:
+# 2^20 steps, d 128 1.24 s, else 1.19.
 WALK_TOGETHER_BYTES = 2**28
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
