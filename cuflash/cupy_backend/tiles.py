@@ -380,9 +380,9 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Queries times keys times head dim from which on a backward of the sm90 family keeps half of dQ's sums in dq: 10 ms at least, and finishing dQ in place takes
 # some fifteen short launches.
 IN_PLACE_WORK = 2**40
-# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk). On an H200: 2^20
-# steps, d 128 2.39 s, else 2.55; d 64 1.29 s, else 1.38; 2^18 steps, d 256 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal calls were slower:
-# 2^20 steps, d 128 1.24 s, else 1.19.
+# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk). On an H200:
+# 2^20 steps, d 128 2.39 s, else 2.55; d 64 1.29 s, else 1.38; 2^18 steps, d 256 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal calls
+# were slower: 2^20 steps, d 128 1.24 s, else 1.19.
 WALK_TOGETHER_BYTES = 2**28
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
