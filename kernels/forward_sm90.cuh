@@ -35,7 +35,7 @@ template <bool OUTWARDS> struct Walk {
 template <int PRECISION, int OPTIONS, int QUERY_TILE, int KEY_TILE> struct QueryTile {
   using Block = QueryBlock<OPTIONS, QUERY_TILE>;
   bool last;
-  u32 index;   // the scheduler's
+  u32 index, tiles;   // the scheduler's
   int split;   // SPLIT_KEYS: which part of the keys
   int rows;    // queries
   void* out;   // where their rows begin, and those of lse
@@ -108,15 +108,18 @@ template <int HEAD_DIM, int VALUE_DIM, int OPTIONS, int WARPGROUPS, int KEY_TILE
 
 // The scheduler: query tiles are taken in turns, or where they are uneven by counting, so that a block which is done early takes the next one.
 template <typename Tile, typename Tiles, int OPTIONS> __device__ __forceinline__ void schedule_query_tiles(const Problem& problem, u8* shared, u32 base) {
-  const u32 splits = OPTIONS & SPLIT_KEYS ? problem.splits : 1, slots = Tile::Block::slots(problem), tiles = problem.grid_places * slots * splits;
+  const u32 splits = OPTIONS & SPLIT_KEYS ? problem.splits : 1, slots = Tile::Block::slots(problem);
+  auto tile_at = [&](int stage) -> Tile& { return *(Tile*)(shared + Tiles::QUERY_TILES + stage * Tiles::QUERY_TILE_BYTES); };
+  for (int stage = 0; stage < 2; ++stage) tile_at(stage).tiles = problem.grid_places * slots * splits;   // no register for it
   Ring<2> ring;
   Ring<1> wanted;
   u32 index = blockIdx.x;
   do {
     ring.wait_empty(base + Tiles::TILE_EMPTY);
-    Tile& tile = *(Tile*)(shared + Tiles::QUERY_TILES + ring.stage * Tiles::QUERY_TILE_BYTES);
+    Tile& tile = tile_at(ring.stage);
     static_assert(sizeof(Tile) <= Tiles::QUERY_TILE_BYTES, "");
     tile.index = index;   // until further down: its register is needed
+    const u32 tiles = tile.tiles;
     u32 block_index = min(index, tiles - 1) / splits;
     if (OPTIONS & STAGED_BIAS && problem.batches_together > 1) {   // batch entries that share a bias take a tile of it one after the other, so that they find it in L2
       const u32 entries = problem.batches_together;

@@ -166,9 +166,14 @@ struct Place {
 
   // First element of this place's rows of an array.
   template <typename Element> __device__ __forceinline__ Element* rows(const Array& array) const {
-    i64 at = (u32)array.head_of(head) * array.head_stride;   // not negative, so that there is no sign to extend
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL   // as above
+    using Index = u32;   // without a sign that takes a register
+#else
+    using Index = int;
+#endif
+    i64 at = (Index)array.head_of(head) * array.head_stride;
 #pragma unroll
-    for (int i = 0; i < BATCH_DIMS; ++i) at += (u32)batch[i] * array.batch_stride[i];
+    for (int i = 0; i < BATCH_DIMS; ++i) at += (Index)batch[i] * array.batch_stride[i];
     return (Element*)array.data + at;
   }
 };
