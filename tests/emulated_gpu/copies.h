@@ -11,8 +11,13 @@ template <class Memory, class Register> void load(Warp& warp, const Instruction&
   for_lanes(lanes, [&](int lane) {
     const u64 at = address_of(warp, code, code.count, lane);
     const u8* from = memory_at(warp, code.space, at, sizeof(Memory) * code.count);
-    if (watching && code.space == SHARED && !note_read(warp, at, sizeof(Memory) * code.count, code.line)) for (u32 k = 0; k < code.count; ++k) warp.tainted[code.operand[k] / 32] |= 1u << lane;
-    for (u32 k = 0; k < code.count; ++k) { Memory x; memcpy(&x, from + k * sizeof x, sizeof x); warp.operand<Register>(code, k)[lane] = (Register)x; }
+    for (u32 k = 0; k < code.count; ++k) {
+      Memory x;
+      memcpy(&x, from + k * sizeof x, sizeof x);
+      warp.operand<Register>(code, k)[lane] = (Register)x;
+      // One by one: of a vector the compiler may need some alone.
+      if (watching && code.space == SHARED && !note_read(warp, at + k * sizeof x, sizeof x, code.line)) warp.tainted[code.operand[k] / 32] |= 1u << lane;
+    }
   });
 }
 inline void store(Warp& warp, const Instruction& code, u32 lanes) {
