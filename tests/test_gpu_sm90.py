@@ -570,27 +570,40 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
     assert own is not None or (name == "softcap" and max(dims) > 128)
 
 
-@pytest.mark.parametrize("begin", [1, 4, 5, 2**32 - 1])
-@pytest.mark.parametrize("name", ["nothing", "mask", "bias", "q_lengths", "kv_lengths", "dropout", "causal", "cu_seqlens"])
-@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
-def test_walks_that_begin_with_any_tile(arrays, dims, name, begin, no_plans, monkeypatch):
-    """As those of long calls do on a Hopper GPU, where another block left the number of its tile; so may anything that was in the memory before."""
+@pytest.fixture(params=[1, 4, 5, 2**32 - 1])
+def walks(request, monkeypatch):
+    """Walks as those of long calls: (with which tile they begin, the words in memory that say so and are then told where blocks are)."""
     monkeypatch.setattr(tiles, "WALK_TOGETHER_BYTES", 0)
-    empty, begins = cupy.empty, []
+    empty, words = cupy.empty, []
 
     def with_begin(shape, dtype):
         if shape != 1:
             return empty(shape, dtype)
-        begins.append(cupy.full(shape, begin, dtype))
-        return begins[-1]
+        words.append(cupy.full(shape, request.param, dtype))
+        return words[-1]
 
+    monkeypatch.setattr(cupy, "empty", with_begin)
+    return request.param, words
+
+
+@pytest.mark.parametrize("name", ["nothing", "mask", "bias", "q_lengths", "kv_lengths", "dropout", "causal", "cu_seqlens"])
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_walks_that_begin_with_any_tile(arrays, dims, name, no_plans, walks):
+    """Where another block left the number of its tile; so may anything that was in the memory before."""
     q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, 2, 350, dims[0]), arrays.normal(2, 2, 350, dims[1])
     options = {} if name == "nothing" else option(name, arrays, (2,), 4, 300, 350)
-    monkeypatch.setattr(cupy, "empty", with_begin)
     check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, **options)
-    follow = name not in ("causal", "cu_seqlens")
-    assert len(begins) == follow
-    assert all(0 <= int(walked_to[0]) < 5 for walked_to in begins)  # tiles of 64 queries, or 128
+    _, words = walks
+    assert len(words) == (name not in ("causal", "cu_seqlens"))
+
+
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_a_walk_ends_before_the_tile_that_it_began_with(arrays, dims, no_plans, walks):
+    q, k, v = arrays.normal(300, dims[0]), arrays.normal(60, dims[0]), arrays.normal(60, dims[1])  # one block
+    check_backward(arrays.normal(300, dims[1]), q, k, v, roundings=8)
+    query_tiles = -(-300 // tiles.BACKWARD_SM90[dims].query_tile)
+    begin, words = walks
+    assert int(words[-1][0]) == (begin if begin < query_tiles else query_tiles) - 1
 
 
 @pytest.mark.parametrize("columns", [64, 58])
