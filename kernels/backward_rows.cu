@@ -7,7 +7,7 @@
 // Where half of the sums lie in dq itself, a row of dQ takes half the place of its sums, so that those of query tile t go where the sums of tile t / 2 were: launches
 // of ever more tiles, each where those before it have read, put them all in their places (FinishInPlace in launch.py).
 //
-// Eight lanes share a row; a block of 256 threads takes 32 rows, and reads 16 bytes a lane where the rows allow it.
+// Eight lanes share a row, or some rows; a block of 256 threads takes 32 rows (backward_prepare: ROWS), and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
 #include "parts_words.cuh"
 
@@ -26,59 +26,73 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
-template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   using Real = ::Real<PRECISION>;
-  constexpr int PER_CHUNK = 16 / (int)sizeof(Element);
-  const RowBlock<OPTIONS> block(problem);
+  constexpr int PER_CHUNK = 16 / (int)sizeof(Element), STEP = 256 / LANES, OWN = ROWS / STEP;   // eight lanes share OWN rows, STEP apart
+  static_assert(ROWS % STEP == 0 && OWN <= LANES, "");
+  const RowBlock<OPTIONS, ROWS> block(problem);
   const Place& place = block.place;
-  const int row = block.first + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const bool exists = row >= 0 && row < block.sequence.queries, takes_part = exists && row < block.sequence.seeing();
-  const i64 array_row = block.sequence.first_query + row;
+  const int lane = threadIdx.x % LANES, first_row = block.first + threadIdx.x / LANES;
 
   // Nobody waits for what is written here, and what is read is there when it is needed.
   const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
   if constexpr (ZERO_DQ_SUM) {
     uint4* dq_sum = (uint4*)dq_sum_row<Real>(problem, first, HEAD_DIM);
 #pragma unroll
-    for (int i = threadIdx.x; i < 256 / LANES * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);
   }
+  // The first OWN lanes keep a row each.
+  const int row = first_row + lane * STEP;
+  const bool exists = lane < OWN && row >= 0 && row < block.sequence.queries;
   Real lse = -infinity(), dlse = 0;
-  if (lane == 0 && exists) {
-    lse = place.rows<Real>(problem.lse)[array_row * problem.lse.row_stride];
-    if (problem.dlse.data) dlse = place.rows<Real>(problem.dlse)[array_row * problem.dlse.row_stride];
+  if (exists) {
+    lse = place.rows<Real>(problem.lse)[(block.sequence.first_query + row) * problem.lse.row_stride];
+    if (problem.dlse.data) dlse = place.rows<Real>(problem.dlse)[(block.sequence.first_query + row) * problem.dlse.row_stride];
   }
 
-  Real sum = 0;
-  if (takes_part) {
-    const Element* o = place.rows<Element>(problem.out) + array_row * problem.out.row_stride;
-    const Element* dout = place.rows<Element>(problem.dout) + array_row * problem.dout.row_stride;
-    if (whole_chunks(o, problem.out.row_stride, problem.out.columns) && whole_chunks(dout, problem.dout.row_stride, problem.dout.columns)) {
-      for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
-        __align__(16) Element x[PER_CHUNK], y[PER_CHUNK];
-        *(uint4*)x = *(const uint4*)(o + column);
-        *(uint4*)y = *(const uint4*)(dout + column);
+  Real sums[OWN] = {};
+  const Element* o = place.rows<Element>(problem.out) + (block.sequence.first_query + first_row) * problem.out.row_stride;
+  const Element* dout = place.rows<Element>(problem.dout) + (block.sequence.first_query + first_row) * problem.dout.row_stride;
+  auto takes_part = [&](int row) { return row >= 0 && row < block.sequence.seeing(); };
+  if (whole_chunks(o, problem.out.row_stride, problem.out.columns) && whole_chunks(dout, problem.dout.row_stride, problem.dout.columns)) {
+    for (int column = lane * PER_CHUNK; column < problem.out.columns; column += LANES * PER_CHUNK) {
+      __align__(16) Element x[OWN][PER_CHUNK], y[OWN][PER_CHUNK];
 #pragma unroll
-        for (int i = 0; i < PER_CHUNK; ++i) sum += to_real(x[i]) * to_real(y[i]);
+      for (int i = 0; i < OWN; ++i) {   // all of them are asked for before the first is used
+        *(uint4*)x[i] = *(uint4*)y[i] = make_uint4(0, 0, 0, 0);
+        if (takes_part(first_row + i * STEP)) *(uint4*)x[i] = *(const uint4*)(o + i * STEP * problem.out.row_stride + column), *(uint4*)y[i] = *(const uint4*)(dout + i * STEP * problem.dout.row_stride + column);
       }
-    } else {
-      for (int column = lane; column < problem.out.columns; column += LANES) sum += to_real(o[column]) * to_real(dout[column]);
-    }
-  }
 #pragma unroll
-  for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      for (int i = 0; i < OWN; ++i)
+#pragma unroll
+        for (int j = 0; j < PER_CHUNK; ++j) sums[i] += to_real(x[i][j]) * to_real(y[i][j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+      if (takes_part(first_row + i * STEP))
+        for (int column = lane; column < problem.out.columns; column += LANES) sums[i] += to_real(o[i * STEP * problem.out.row_stride + column]) * to_real(dout[i * STEP * problem.dout.row_stride + column]);
+  }
+  Real sum = 0;
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) sums[i] += __shfl_xor_sync(0xffffffff, sums[i], step);
+    if (lane == i) sum = sums[i];
+  }
 
-  if (lane == 0) {
-    const i64 at = first + threadIdx.x / LANES;
-    const bool finite = lse != -infinity(), sees = finite && takes_part;   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
+  if (lane < OWN) {
+    const i64 at = first + threadIdx.x / LANES + lane * STEP;
+    const bool finite = lse != -infinity(), sees = finite && takes_part(row);   // else P = exp2(score - inf) = 0, and whatever stands in dlse does not matter
     if (finite) sum -= dlse;
     reals<Real>(problem.row_lse)[at] = sees ? Exponential<PRECISION>::shift_of_lse(lse) : Real(infinity());
     reals<Real>(problem.row_d)[at] = sees ? sum : 0;
-    if (ZERO_DQ_SUM && problem.row_turn && at != OFFSETS_DESCEND) problem.row_turn[at] = 0;
+    if (PRECISION != FLOAT64 && problem.row_turn && at != OFFSETS_DESCEND) problem.row_turn[at] = 0;
     if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
   }
   // Key blocks wait for each other as sequences that follow each other do. With offsets that do not, whoever is waited for may not exist.
-  if constexpr (ZERO_DQ_SUM && PRECISION != FLOAT64) {   // of that none take turns
+  if constexpr (ZERO_DQ_SUM && PRECISION != FLOAT64) {   // of that none take turns, nor of sequences where nothing has to be cleared
     if (blockIdx.x == 0 && problem.row_turn) {
       bool descend = false;
       if constexpr ((OPTIONS & PACKED) != 0)

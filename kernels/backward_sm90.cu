@@ -1,5 +1,5 @@
 // Attention backward by wgmma and TMA, for sm_90a, float16 and bfloat16: dK and dV, and what each key block adds to dQ; IN_ORDER: so that the sum has the
-// same bits on every run; BIAS_GRADIENT: and dBias (bias_gradient_sm90.cuh). After
+// same bits on every run; MAKES_DQ: and dQ itself; BIAS_GRADIENT: and dBias (bias_gradient_sm90.cuh). After
 // FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) and its sources' order of products.
 //
 //   P = exp(scores(Q Kᵀ) - lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O) - dlse,  dK = scale · dSᵀ Q,  dQ = scale · dS K
@@ -9,43 +9,56 @@
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
-// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn. The scores of AT_ONCE queries are in registers: of a whole tile,
+// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
+//
+// MAKES_DQ, for short sequences, whose sums would cost as much time as all else: the blocks of a grid that fits on the GPU take key blocks one after the other
+// (key_blocks_sm90.cuh). The first key block that sees a query tile stores its part of the sum, which nobody has to clear; the last one keeps its part, waits for
+// the sum of the others, which is then in L2, and writes dQ.
+//
+// The scores of AT_ONCE queries are in registers: of a whole tile,
 // or where options need registers, of one of its parts after the other.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
-//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins | GradientRows
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins | GradientRows, or MAKES_DQ: barriers, two KeyBlockSlots
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
-// -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full.
+// -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full. MAKES_DQ: without slabs, turn -> added; where dQ is written, turn -> place for
+// dSᵀ empty; and around a key block: slot full -> .. -> keys and values empty -> place for dSᵀ empty (dK and dV go through it) -> slot empty.
 // In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
 #include "bias_gradient_sm90.cuh"
+#include "key_blocks_sm90.cuh"
 
-template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER> struct BackwardSm90Tiles {
+template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool MAKES_DQ> struct BackwardSm90Tiles {
   static constexpr int PARTS = QUERY_TILE / AT_ONCE;
   static constexpr int WARPGROUPS = 2, KEY_TILE = WARPGROUPS * 64, THREADS = (WARPGROUPS + 1) * 128, LOADING_REGISTERS = 24, COMPUTING_REGISTERS = 240;
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
   static constexpr int DS_STAGES = 3;   // with two the warpgroups would walk in step
-  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers; and who has to wait for the turn is no warp that computes.
-  static constexpr bool SLABS = IN_ORDER || QUERY_TILE == 64;
+  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers; and where each tile has to wait for the
+  // key block before, that is not done by warps that compute.
+  static constexpr bool SLABS = (IN_ORDER && !MAKES_DQ) || QUERY_TILE == 64;
   static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
   static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS;
-  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, SHARED_BYTES = ROWS + sizeof(GradientRows);
+  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8;
+  // MAKES_DQ: more barriers, and what is known of two key blocks.
+  static constexpr int KEYS_EMPTY = ROWS, TURN = KEYS_EMPTY + 8, ADDED = TURN + 16 * WARPGROUPS, SLOT_FULL = ADDED + 16 * WARPGROUPS, SLOT_EMPTY = SLOT_FULL + 16, WANTED = SLOT_EMPTY + 16;
+  static constexpr int SLOTS = WANTED + 8, SHARED_BYTES = MAKES_DQ ? SLOTS + 2 * SLOT_BYTES : ROWS + sizeof(GradientRows);
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool MAKES_DQ>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
-  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, AT_ONCE, Q_STAGES, DO_STAGES, IN_ORDER>;
+  using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, AT_ONCE, Q_STAGES, DO_STAGES, IN_ORDER, MAKES_DQ>;
   using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
+  using Slot = KeyBlockSlot<Block>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -55,35 +68,55 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
     begin_walk<Tiles>(problem, base);
+    if constexpr (MAKES_DQ) {
+      barrier_init(base + Tiles::KEYS_EMPTY, 8);
+      init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 4, 2 * Tiles::WARPGROUPS);
+      init_ring(base, Tiles::SLOT_FULL, 1, Tiles::SLOT_EMPTY, 3 + 8, 2);
+      barrier_init(base + Tiles::WANTED, 1);
+    }
   });
 
   if (warpgroup == Tiles::WARPGROUPS) {
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
-    if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-    if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
-    if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
-      constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
-      const int part = warp - 1;
-      Ring<1> slab_ring;
-      take_turns<QUERY_TILE, Block>(problem, part, [&](u32 row, auto wait, auto done) {
-        slab_ring.wait_full(base + Tiles::SLAB_FULL + 8 * part);
-        wait();
-        reduce_add_bytes(dq_sum_row(problem, row, HEAD_DIM) + part * (BYTES / 4), base + Tiles::SLAB + part * BYTES, BYTES);
-        wait_until_read();
-        barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * part);
-        slab_ring.advance();
-        wait_until_added();
-        done();
-      });
+    if constexpr (MAKES_DQ) {
+      static_assert(Q_STAGES == 2 && DO_STAGES == 2, "");
+      if (warp == 3) {
+        take_key_blocks<PRECISION, Tiles::KEY_TILE, Tiles, Block>(problem, shared, base);
+      } else if (warp == 0) {
+        KeyBlockLoader<Tiles, Block, QUERY_TILE> loader;
+        follow_key_blocks<Block, Tiles>(shared, base, [&](Slot& slot) {
+          loader.load(problem, maps, slot, base);
+          barrier_arrive(base + Tiles::WANTED);
+        });
+      } else {
+        TurnTaker<Tiles, Block, HEAD_DIM, QUERY_TILE> turns;
+        follow_key_blocks<Block, Tiles>(shared, base, [&](const Slot& slot) { turns.take(problem, slot, warp - 1, base); });
+      }
+    } else {
+      if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
+      if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+      if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
+        constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
+        const int part = warp - 1;
+        Ring<1> slab_ring;
+        take_turns<QUERY_TILE, Block>(problem, part, [&](u32 row, auto wait, auto done) {
+          slab_ring.wait_full(base + Tiles::SLAB_FULL + 8 * part);
+          wait();
+          reduce_add_bytes(dq_sum_row(problem, row, HEAD_DIM) + part * (BYTES / 4), base + Tiles::SLAB + part * BYTES, BYTES);
+          wait_until_read();
+          barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * part);
+          slab_ring.advance();
+          wait_until_added();
+          done();
+        });
+      }
     }
     return;
   }
 
   take_registers<Tiles::COMPUTING_REGISTERS>();
-  const Block block(problem, blockIdx.x);
-  if (!block.exists()) return;
   const int lane = threadIdx.x % 32, key_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
@@ -98,228 +131,311 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   Ring<DO_STAGES> do_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
   Ring<1> slab_ring;
-  float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
+  Ring<2> turn_ring;
 
-  auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
-    multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES) + part * AT_ONCE * 128);
-  };
-  using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
-  BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
-  // From Sᵀ of a part of a tile to dV and dK, which of a whole tile is still under way at the end. After the last part all threads have written theirs of dSᵀ, but
-  // not waited for those of the others.
-  auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile, int part) {
-    const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
-    const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
-    int lane = threadIdx.x % 32;
-    if constexpr ((OPTIONS & (DROPOUT | BIAS | BIAS_GRADIENT)) != 0) keep_here(lane);   // registers are short
-    const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
-    const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
-    const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
+  // All of one key block; `slot`: where it is from, or null.
+  auto make_gradients = [&](const Block& block, const Slot* slot) {
+    const int first_tile = MAKES_DQ ? uniform(block.first_tile) : block.first_tile, last_tile = MAKES_DQ ? uniform(block.last_tile) : block.last_tile;
+    const int end_of_last = MAKES_DQ ? uniform(slot->end_of_last) : 0;   // of the query tiles of which this is the last key block
+    const bool is_first = MAKES_DQ && uniform(block.first_key) == 0;
+    const u32 parity = MAKES_DQ ? slot->count % 2 : 0;
+    float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
 
-    if (part == 0) do_ring.wait_full(base + Tiles::DO_FULL);
-    if (CLEARS && part == 0 && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
-      clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0));
-      clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0));
-      cleared();
-    }
-    u32 derivative[AT_ONCE / 8][2];   // of the softcap, halves: in float32 they would not fit
-    if constexpr ((OPTIONS & SOFTCAP) != 0) {   // nor beside dPᵀ
-      float of_scores[1][AT_ONCE / 8][4];
-      score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, of_scores);
+    auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
+      multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES) + part * AT_ONCE * 128);
+    };
+    using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
+    BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
+    // From Sᵀ of a part of a tile to dV and dK, which of a whole tile is still under way at the end. After the last part all threads have written theirs of dSᵀ, but
+    // not waited for those of the others.
+    auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile, int part) {
+      const int before = part * AT_ONCE, rows_before = before * 128;   // queries of the tile, and bytes of a box, before those of the part
+      const int first_query = tile * QUERY_TILE + before, queries = block.sequence.seeing() - tile * QUERY_TILE;
+      int lane = threadIdx.x % 32;
+      if constexpr ((OPTIONS & (DROPOUT | BIAS | BIAS_GRADIENT)) != 0) keep_here(lane);   // registers are short
+      const u32 q_at = uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES), do_at = uniform(base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES);
+      const u32 lse_at = base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8, d_at = base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES + lane % 4 * 8;
+      const int lane_key = block.first_key + key_row + lane / 4, lane_query = first_query + lane % 4 * 2;
+
+      if (part == 0) do_ring.wait_full(base + Tiles::DO_FULL);
+      if (CLEARS && part == 0 && queries < QUERY_TILE) {   // Sᵀ of these rows is hidden below, whatever it is
+        clear_rows(q_at, Tiles::Q_BOXES, Tiles::QUERY_BOX, max(queries, 0));
+        clear_rows(do_at, Tiles::V_BOXES, Tiles::QUERY_BOX, max(queries, 0));
+        cleared();
+      }
+      u32 derivative[AT_ONCE / 8][2];   // of the softcap, halves: in float32 they would not fit
+      if constexpr ((OPTIONS & SOFTCAP) != 0) {   // nor beside dPᵀ
+        float of_scores[1][AT_ONCE / 8][4];
+        score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, of_scores);
+#pragma unroll
+        for (int n = 0; n < AT_ONCE / 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            u32& pair = derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
+            if constexpr (CLEARS) asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0));   // the scores of what takes no part may be NaN, which times 0 would come back
+          }
+      }
+      float dp[AT_ONCE / 8][4];
+      multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);   // dPᵀ = V dOᵀ
+      pin(p[0]);
+
+      if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, nullptr);
+      u32 lse[AT_ONCE / 8][2];   // all of them are asked for before the first is used
+#pragma unroll
+      for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + before * 4 + n * 32);
+#pragma unroll
+      for (int n = 0; n < AT_ONCE / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[n][i % 2]));
+      if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + AT_ONCE > block.visible.query_end(block.first_key))
+        block.visible.template hide<true, 1, AT_ONCE>(p, lane_key, lane_query, 0.0f);
+      if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
+        Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, AT_ONCE>(
+            problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
+
+      // dV += Pᵀ dO, up to 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
+      constexpr int SHARE = AT_ONCE < 64 ? AT_ONCE : 64;
+      u32 words[AT_ONCE / SHARE][SHARE / 16][4];
+      auto multiply_p_do = [&](int share) {
+#pragma unroll
+        for (int n = 0; n < SHARE / 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float weight[2] = {p[0][share * 8 + n][2 * half], p[0][share * 8 + n][2 * half + 1]};
+            if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
+            words[share][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
+          }
+        multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[share], do_at + rows_before + share * 64 * 128);
+      };
+      multiply_p_do(0);
+
+      wgmma_wait<1>();
+      pin(dp);
+      u32 ds[AT_ONCE / 16][4], d[AT_ONCE / 8][2];
+      const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + before / 64 * Tiles::KEY_BOX;
+      int swizzle = (lane / 4 ^ before % 64 / 8) << 4;
+      if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(swizzle);
+      ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+#pragma unroll
+      for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
+      constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
+      typename BiasGradient::Tile bias_tile;
+      if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
 #pragma unroll
       for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          u32& pair = derivative[n][half] = pack<FLOAT16>(of_scores[0][n][2 * half], of_scores[0][n][2 * half + 1]);
-          if constexpr (CLEARS) asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0));   // the scores of what takes no part may be NaN, which times 0 would come back
+          float x[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) x[i] = gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
+          if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
+          if constexpr ((OPTIONS & SOFTCAP) != 0) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x[i] *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
+          }
+          const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
+          const int row = key_row + half * 8 + lane / 4;
+          // The same place made in two ways: each takes registers that the other instances have not got.
+          store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (OPTIONS & BIAS_GRADIENT ? n % 8 << 4 ^ swizzle : (n % 8 ^ before % 64 / 8 ^ row & 7) << 4) + lane % 4 * 4, word);
         }
-    }
-    float dp[AT_ONCE / 8][4];
-    multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);   // dPᵀ = V dOᵀ
-    pin(p[0]);
-
-    if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, nullptr);
-    u32 lse[AT_ONCE / 8][2];   // all of them are asked for before the first is used
-#pragma unroll
-    for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(lse[n][0], lse[n][1], lse_at + before * 4 + n * 32);
-#pragma unroll
-    for (int n = 0; n < AT_ONCE / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[0][n][i] = exponential(p[0][n][i], __uint_as_float(lse[n][i % 2]));
-    if (first_query < block.visible.query_begin(block.first_key + Tiles::KEY_TILE - 1) || first_query + AT_ONCE > block.visible.query_end(block.first_key))
-      block.visible.template hide<true, 1, AT_ONCE>(p, lane_key, lane_query, 0.0f);
-    if constexpr ((OPTIONS & DROPOUT) != 0)   // a probability that is dropped carries a minus sign from here on
-      Dropout{(u32)place.flat(problem), (u32)block.sequence.index}.template drop<true, 1, AT_ONCE>(
-          problem, lane_key, lane_query, [&](int m, int n, int half, int i) { p[m][n][2 * half + i] = -p[m][n][2 * half + i]; });
-
-    // dV += Pᵀ dO, up to 64 queries at once: the first of them beside the arithmetic on dS, and if there are more, those after it, for want of registers.
-    constexpr int SHARE = AT_ONCE < 64 ? AT_ONCE : 64;
-    u32 words[AT_ONCE / SHARE][SHARE / 16][4];
-    auto multiply_p_do = [&](int share) {
-#pragma unroll
-      for (int n = 0; n < SHARE / 8; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float weight[2] = {p[0][share * 8 + n][2 * half], p[0][share * 8 + n][2 * half + 1]};
-          if constexpr ((OPTIONS & DROPOUT) != 0) weight[0] = fmaxf(weight[0], 0.0f), weight[1] = fmaxf(weight[1], 0.0f);
-          words[share][n / 2][n % 2 * 2 + half] = pack<PRECISION>(weight[0], weight[1]);
-        }
-      multiply_words<PRECISION, VALUE_DIM, Tiles::QUERY_BOX>(dv, words[share], do_at + rows_before + share * 64 * 128);
-    };
-    multiply_p_do(0);
-
-    wgmma_wait<1>();
-    pin(dp);
-    u32 ds[AT_ONCE / 16][4], d[AT_ONCE / 8][2];
-    const u32 ds_at = base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + before / 64 * Tiles::KEY_BOX;
-    int swizzle = (lane / 4 ^ before % 64 / 8) << 4;
-    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(swizzle);
-    ds_ring.wait_empty(base + Tiles::DS_EMPTY);
-#pragma unroll
-    for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
-    constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
-    typename BiasGradient::Tile bias_tile;
-    if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
-#pragma unroll
-    for (int n = 0; n < AT_ONCE / 8; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) x[i] = gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
-        if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
-        if constexpr ((OPTIONS & SOFTCAP) != 0) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) x[i] *= to_float(half_t{(u16)(derivative[n][half] >> 16 * i)});
-        }
-        const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
-        const int row = key_row + half * 8 + lane / 4;
-        // The same place made in two ways: each takes registers that the other instances have not got.
-        store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (OPTIONS & BIAS_GRADIENT ? n % 8 << 4 ^ swizzle : (n % 8 ^ before % 64 / 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+      if constexpr (AT_ONCE > 64) multiply_p_do(1);
+      multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
+      if constexpr ((OPTIONS & BIAS_UNSHARED) != 0) {
+        keep_here(lane);
+        BiasGradient::write(problem, {problem, bias_gradient, block.sequence, block.first_key + key_row + lane / 4, first_query + lane % 4 * 2}, ds);
       }
-    if constexpr (AT_ONCE > 64) multiply_p_do(1);
-    multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
-    if constexpr ((OPTIONS & BIAS_UNSHARED) != 0) {
-      keep_here(lane);
-      BiasGradient::write(problem, {problem, bias_gradient, block.sequence, block.first_key + key_row + lane / 4, first_query + lane % 4 * 2}, ds);
-    }
-    wgmma_wait<Tiles::PARTS == 1>();   // dV is done; before the branch that parts need, dK too
-    pin(dv);
-    if constexpr (Tiles::PARTS > 1) pin(dk);
-    if (part + 1 < Tiles::PARTS) return;
-    arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
-    do_ring.advance();
-    fence_for_async_proxy();
-    __syncwarp();
-    arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
-    ds_ring.advance();
-  };
-
-  // dQ of the tile before: while this warpgroup was busy with another tile, the other one has had the time to write its part of dSᵀ.
-  using QueryGradient = float[Tiles::DQ_COLUMNS / 8][4];
-  auto multiply_ds_k = [&](QueryGradient& dq, bool exists) {
-    if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
-    const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
-    const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
-    multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
-  };
-  // In pieces, a warp's registers in their order, by way of its slab or at once. In order, another thread adds what is in the slabs.
-  auto add_dq = [&](QueryGradient& dq, float* target) {
-    pin(dq);
-    arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
-    dq_ring.advance();
-    target += threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4);
-    if constexpr (Tiles::SLABS) {
-      const u32 slab = base + Tiles::SLAB + threadIdx.x / 32 * Tiles::SLAB_BYTES;
-      if (IN_ORDER) slab_ring.wait_empty(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
-      else if (lane == 0) wait_until_read();   // what was in it before
-      __syncwarp();
-#pragma unroll
-      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
-        store_shared_16_bytes(slab + (n * 32 + lane) * 16, make_uint4(__float_as_uint(dq[n][0]), __float_as_uint(dq[n][1]), __float_as_uint(dq[n][2]), __float_as_uint(dq[n][3])));
+      wgmma_wait<Tiles::PARTS == 1>();   // dV is done; before the branch that parts need, dK too
+      pin(dv);
+      if constexpr (Tiles::PARTS > 1) pin(dk);
+      if (part + 1 < Tiles::PARTS) return;
+      arrive(Tiles::DO_EMPTY + 8 * do_ring.stage);
+      do_ring.advance();
       fence_for_async_proxy();
       __syncwarp();
-      if (IN_ORDER) {
-        arrive(Tiles::SLAB_FULL + 8 * warpgroup);
-        slab_ring.advance();
-      } else if (lane == 0) {
-        reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
-      }
-    } else {
+      arrive(Tiles::DS_FULL + 8 * ds_ring.stage);
+      ds_ring.advance();
+    };
+
+    // dQ of the tile before: while this warpgroup was busy with another tile, the other one has had the time to write its part of dSᵀ.
+    using QueryGradient = float[Tiles::DQ_COLUMNS / 8][4];
+    auto multiply_ds_k = [&](QueryGradient& dq, bool exists) {
+      if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
+      const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
+      const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
+      multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
+    };
+    // MAKES_DQ, of the last key block that sees a tile: what the others have added to it, and dQ.
+    auto load_sum = [&](QueryGradient& sum, const float* target) {
+      turn_ring.wait_full(base + Tiles::TURN + 16 * warpgroup);
 #pragma unroll
-      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
-    }
-  };
-
-  if (block.first_tile < block.last_tile) {
-    barrier_wait(base + Tiles::K_FULL, 0);
-    if constexpr (CLEARS) {
-      barrier_wait(base + Tiles::V_FULL, 0);
-      const int keys = block.sequence.seen() - block.first_key;
-      if (keys < Tiles::KEY_TILE) {
-        clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
-        clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
-        cleared();
+      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
+        *(float4*)sum[n] = is_first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg((const float4*)(target + threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4)) + n * 32 + lane);
+      arrive(Tiles::ADDED + 16 * warpgroup + 8 * turn_ring.stage);
+      turn_ring.advance();
+    };
+    auto make_dq = [&](QueryGradient& dq, const QueryGradient& sum, int head, int tile) {
+      pin(dq);
+      arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
+      dq_ring.advance();
+#pragma unroll
+      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq[n][i] = (dq[n][i] + sum[n][i]) * problem.scale;
+      using Element = typename ElementOf<PRECISION>::type;
+      const int piece = threadIdx.x / 32, row = tile * QUERY_TILE + piece * 16 % QUERY_TILE, column = piece * 16 / QUERY_TILE * 64;
+      ds_ring.wait_empty(base + Tiles::DS_EMPTY);   // the warp's own rows of the next dSᵀ are scratch
+      store_output_in_lines<PRECISION, Tiles::DQ_COLUMNS>(dq, (Element*)slot->dq + head * problem.dq.head_stride + row * problem.dq.row_stride + column, problem.dq.row_stride, problem.queries - row, problem.dq.columns - column, lane,
+                                                          base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + piece * 2048);
+    };
+    // In pieces, a warp's registers in their order, by way of its slab or at once. In order, another thread adds what is in the slabs.
+    auto add_dq = [&](QueryGradient& dq, float* target) {
+      pin(dq);
+      arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
+      dq_ring.advance();
+      target += threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4);
+      if constexpr (Tiles::SLABS) {
+        const u32 slab = base + Tiles::SLAB + threadIdx.x / 32 * Tiles::SLAB_BYTES;
+        if (IN_ORDER) slab_ring.wait_empty(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
+        else if (lane == 0) wait_until_read();   // what was in it before
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
+          store_shared_16_bytes(slab + (n * 32 + lane) * 16, make_uint4(__float_as_uint(dq[n][0]), __float_as_uint(dq[n][1]), __float_as_uint(dq[n][2]), __float_as_uint(dq[n][3])));
+        fence_for_async_proxy();
+        __syncwarp();
+        if (IN_ORDER) {
+          arrive(Tiles::SLAB_FULL + 8 * warpgroup);
+          slab_ring.advance();
+        } else if (lane == 0) {
+          reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
+        }
+      } else {
+        if constexpr (MAKES_DQ) turn_ring.wait_full(base + Tiles::TURN + 16 * warpgroup);
+        if (is_first) {   // nobody has cleared the place
+#pragma unroll
+          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) *(float4*)(target + (n * 32 + lane) * 4) = *(const float4*)dq[n];
+        } else {
+#pragma unroll
+          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
+        }
+        if constexpr (MAKES_DQ) {
+          __syncwarp();
+          arrive(Tiles::ADDED + 16 * warpgroup + 8 * turn_ring.stage);
+          turn_ring.advance();
+        }
       }
-    }
-    q_ring.wait_full(base + Tiles::Q_FULL);
-    multiply_k_q(0);
-    barrier_wait(base + Tiles::V_FULL, 0);
-    wgmma_wait<0>();
-    pin(p[0]);
-  }
-  float* dq_target = nullptr;   // of the tile before
+    };
 
-#pragma unroll 1
-  for (int head = 0; head < problem.heads_per_block; ++head) {
-    Place place = block.place;
-    place.head += head;
-    const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
-    const i64 first_row = block.sequence.padded_row(problem, place);
-    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
-
-#pragma unroll 1
-    for (int step = block.first_tile * Tiles::PARTS; step < block.last_tile * Tiles::PARTS; ++step) {
-      const int tile = tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
-      // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
-      // takes Sᵀ of the tile after it from whatever lies there; neither is used.
-      const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > block.first_tile || head > 0;   // the former takes fewer registers
-      const bool more = step + 1 < block.last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
-      gradients_of_keys(place, score, tile, part);
-      if (part + 1 < Tiles::PARTS) {
-        multiply_k_q(part + 1);
-        wgmma_wait<0>();
-        pin(p[0]);
-        continue;
+    if (first_tile < last_tile) {
+      barrier_wait(base + Tiles::K_FULL, parity);
+      if constexpr (CLEARS) {
+        barrier_wait(base + Tiles::V_FULL, parity);
+        const int keys = block.sequence.seen() - block.first_key;
+        if (keys < Tiles::KEY_TILE) {
+          clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
+          clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
+          cleared();
+        }
       }
-      QueryGradient dq;
-      multiply_ds_k(dq, follows);
-      wgmma_wait<1>();
-      pin(dk);
-      arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
-      q_ring.advance();
-      if (more) q_ring.wait_full(base + Tiles::Q_FULL);
-      multiply_k_q(0);   // it runs while dQ is added
-      wgmma_wait<1>();
-      if (follows) add_dq(dq, dq_target);
-      dq_target = dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
+      q_ring.wait_full(base + Tiles::Q_FULL);
+      multiply_k_q(0);
+      barrier_wait(base + Tiles::V_FULL, parity);
       wgmma_wait<0>();
       pin(p[0]);
+    } else if (MAKES_DQ) {   // no warp is a key block ahead of the others at these barriers
+      barrier_wait(base + Tiles::K_FULL, parity);
+      barrier_wait(base + Tiles::V_FULL, parity);
     }
-    if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.end_head(block.sequence, block.first_key + key_row + lane / 4);
-  }
-  if (block.first_tile < block.last_tile) {
-    QueryGradient dq;
-    multiply_ds_k(dq, true);
-    wgmma_wait<0>();
-    add_dq(dq, dq_target);
-  }
+    float* dq_target = nullptr;   // of the tile before
+    int dq_head = 0, dq_tile = 0;
 
-  const int warp_row = threadIdx.x / 32 * 16, row = warp_row + lane / 4;   // not by the warpgroup, which would be kept till here
-  const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
-  constexpr bool FEW_REGISTERS = (OPTIONS & BIAS) && !(OPTIONS & BIAS_GRADIENT) && (OPTIONS & (WINDOW | PACKED | LENGTHS));
-  const u32 scratch = FEW_REGISTERS ? 0 : base + Tiles::V + warp_row * 128;   // where the warp's values were: all threads are done with them since dSᵀ of the last tile was full
-  store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane, scratch);
-  store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
-  if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
+#pragma unroll 1
+    for (int head = 0; head < problem.heads_per_block; ++head) {
+      Place place = block.place;
+      place.head += head;
+      const Score<PRECISION, OPTIONS> score(problem, place, block.sequence);
+      const i64 first_row = block.sequence.padded_row(problem, place);
+      if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
+
+#pragma unroll 1
+      for (int step = first_tile * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
+        const int tile = IN_ORDER ? first_tile + last_tile - 1 - step / Tiles::PARTS : tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
+        // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
+        // takes Sᵀ of the tile after it from whatever lies there; neither is used.
+        const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > first_tile || head > 0;   // the former takes fewer registers
+        const bool more = step + 1 < last_tile * Tiles::PARTS || head + 1 < problem.heads_per_block;
+        gradients_of_keys(place, score, tile, part);
+        if (part + 1 < Tiles::PARTS) {
+          multiply_k_q(part + 1);
+          wgmma_wait<0>();
+          pin(p[0]);
+          continue;
+        }
+        QueryGradient dq;
+        multiply_ds_k(dq, follows);
+        wgmma_wait<1>();
+        pin(dk);
+        arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
+        q_ring.advance();
+        if (more) q_ring.wait_full(base + Tiles::Q_FULL);
+        multiply_k_q(0);   // it runs while dQ is added
+        wgmma_wait<1>();
+        if (MAKES_DQ && follows && dq_tile < end_of_last) {
+          QueryGradient sum;
+          load_sum(sum, dq_target);
+          make_dq(dq, sum, dq_head, dq_tile);
+        } else if (follows) {
+          add_dq(dq, dq_target);
+        }
+        dq_target = MAKES_DQ ? problem.dq_sum + (i64)(slot->sum_row + head * problem.padded_queries + tile * QUERY_TILE) * HEAD_DIM : dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
+        dq_head = head, dq_tile = tile;
+        wgmma_wait<0>();
+        pin(p[0]);
+      }
+      if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.end_head(block.sequence, block.first_key + key_row + lane / 4);
+    }
+    if (first_tile < last_tile) {
+      QueryGradient dq;
+      multiply_ds_k(dq, true);
+      if (MAKES_DQ && first_tile < end_of_last) {
+        QueryGradient sum;
+        load_sum(sum, dq_target);
+        wgmma_wait<0>();
+        make_dq(dq, sum, dq_head, dq_tile);
+      } else {
+        wgmma_wait<0>();
+        add_dq(dq, dq_target);
+      }
+    }
+    if constexpr (MAKES_DQ) arrive(Tiles::KEYS_EMPTY);
+
+    int thread = threadIdx.x;
+    if constexpr (MAKES_DQ) keep_here(thread);   // what follows from it is not kept from one key block to the next
+    const int lane = thread % 32, warp_row = thread / 32 * 16, row = warp_row + lane / 4;   // not by the warpgroup, which would be kept till here
+    if constexpr (MAKES_DQ) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+    else barrier_wait(base + Tiles::ROWS_FOUND, 0);
+    const GradientRows& rows = MAKES_DQ ? slot->rows : *(const GradientRows*)(shared + Tiles::ROWS);
+    // Where the warp's values were: all threads are done with them since dSᵀ of the last tile was full. MAKES_DQ: in the next dSᵀ, as other values are on their way.
+    constexpr bool FEW_REGISTERS = (OPTIONS & BIAS) && !(OPTIONS & BIAS_GRADIENT) && (OPTIONS & (WINDOW | PACKED | LENGTHS));
+    const u32 scratch = FEW_REGISTERS ? 0 : base + (MAKES_DQ ? Tiles::DS + ds_ring.stage * Tiles::DS_BYTES : Tiles::V) + warp_row * 128;
+    store_key_gradient<PRECISION, OPTIONS, MAKES_DQ>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane, scratch);
+    store_key_gradient<PRECISION, OPTIONS, MAKES_DQ>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
+  };
+
+  if constexpr (MAKES_DQ) {
+    Ring<2> ring;
+#pragma unroll 1
+    for (;; ring.advance()) {
+      ring.wait_full(base + Tiles::SLOT_FULL);
+      const Slot& slot = *(const Slot*)(shared + Tiles::SLOTS + ring.stage * SLOT_BYTES);
+      if (uniform(slot.last)) return;
+      make_gradients(slot.block, &slot);
+      arrive(Tiles::SLOT_EMPTY + 8 * ring.stage);
+    }
+  } else {
+    const Block block(problem, blockIdx.x);
+    if (!block.exists()) return;
+    make_gradients(block, nullptr);
+    if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
+  }
 }

@@ -118,11 +118,8 @@ struct GradientRows {
   int rows, taking_part;
 };
 
-// A warp that has nothing else to do works that out while others compute: they would do it one long product after the other, at the very end.
-template <int PRECISION, typename Tiles, typename Block> __device__ __forceinline__ void find_gradient_rows(const Problem& problem, u8* shared, u32 base) {
+template <int PRECISION, typename Block> __device__ __forceinline__ void set_gradient_rows(const Problem& problem, const Block& block, GradientRows& its) {
   using Element = typename ElementOf<PRECISION>::type;
-  const Block block(problem, block_index_again());
-  if (!block.exists()) return;
   Place place = block.place;
   if (problem.partial) place.head /= problem.heads_per_block;   // parts have one head a block; dk and dv themselves are found by a query head
   const i64 first_row = block.sequence.first_key + block.first_key;
@@ -130,11 +127,17 @@ template <int PRECISION, typename Tiles, typename Block> __device__ __forceinlin
     if (problem.partial) return place.rows<float>(array) + first_row * array.row_stride;
     return place.rows<Element>(array) + first_row * array.row_stride;
   };
-  GradientRows& its = *(GradientRows*)(shared + Tiles::ROWS);
   its.rows = block.sequence.keys - block.first_key, its.taking_part = block.sequence.seen() - block.first_key;
   its.dk = begin(problem.dk);
   keep_memory_here();   // few registers
   its.dv = begin(problem.dv);
+}
+
+// A warp that has nothing else to do works that out while others compute: they would do it one long product after the other, at the very end.
+template <int PRECISION, typename Tiles, typename Block> __device__ __forceinline__ void find_gradient_rows(const Problem& problem, u8* shared, u32 base) {
+  const Block block(problem, block_index_again());
+  if (!block.exists()) return;
+  set_gradient_rows<PRECISION>(problem, block, *(GradientRows*)(shared + Tiles::ROWS));
   barrier_arrive(base + Tiles::ROWS_FOUND);
 }
 
@@ -144,8 +147,8 @@ template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_fo
 }
 
 // dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `to`: the block's first row; `row`: the lane's first, of the block.
-// `scratch`: 2 KiB of shared memory that nobody else needs any more, or 0.
-template <int PRECISION, int OPTIONS, int COUNT>
+// `scratch`: 2 KiB of shared memory that nobody else needs any more, or 0. WHOLE: the host knows that there is one, and that rows of 16-bit numbers are whole chunks.
+template <int PRECISION, int OPTIONS, bool WHOLE = false, int COUNT>
 __device__ __forceinline__ void store_key_gradient(const Problem& problem, const GradientRows& its, const Array& array, void* to, float (&d)[COUNT][4], float factor, int row, int lane, u32 scratch = 0) {
   using Element = typename ElementOf<PRECISION>::type;
   const int rows = its.rows, taking_part = its.taking_part;
@@ -156,6 +159,10 @@ __device__ __forceinline__ void store_key_gradient(const Problem& problem, const
     for (int n = 0; n < COUNT; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) d[n][2 * half + i] = takes_part ? d[n][2 * half + i] * factor : 0.0f;
+  }
+  if constexpr (WHOLE) {   // no branch, after which the compiler would take loops for different in each lane
+    store_output_in_lines<PRECISION, COUNT * 8>(d, (Element*)to + (row - lane / 4) * array.row_stride, array.row_stride, rows - (row - lane / 4), array.columns, lane, scratch);
+    return;
   }
   if (problem.partial) {
     store_floats(d, (float*)to, array.row_stride, row, rows, lane);

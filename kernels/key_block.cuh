@@ -15,6 +15,25 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
       : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
+    find_tiles(problem);
+  }
+
+  // The same in place, member by member: a thread that loads has few registers.
+  __device__ __forceinline__ void set(const Problem& problem, u32 block) {
+    schedule = Schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE));
+    keep_memory_here();
+    place = Place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads);
+    slot = tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile);
+    keep_memory_here();
+    sequence = Sequence<OPTIONS>(problem, place, slot.sequence);
+    keep_memory_here();
+    visible = Visible<OPTIONS>(problem, place, sequence);
+    keep_memory_here();
+    first_key = slot.tile * KEY_TILE;
+    find_tiles(problem);
+  }
+
+  __device__ __forceinline__ void find_tiles(const Problem& problem) {
     place.head *= problem.heads_per_block;
     const int first_query = visible.query_begin(first_key);
     const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
@@ -32,6 +51,11 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   __device__ __forceinline__ int end_of_keys(int end) const { return ceil_div(visible.query_end(min(end, visible.keys) - 1), QUERY_TILE); }
   // Of the block's query tiles the block before it has those up to here too: all of them, but for windows.
   __device__ __forceinline__ int end_of_previous() const { return first_key == 0 ? 0 : OPTIONS & WINDOW ? end_of_keys(first_key) : last_tile; }
+  // And up to here the block after it has none of them.
+  __device__ __forceinline__ int end_of_last() const {
+    const int next = first_key + KEY_TILE;
+    return next < visible.keys ? min(visible.query_begin(next) / QUERY_TILE, last_tile) : last_tile;
+  }
   // The tiles in the order of a walk, `step` from first_tile to last_tile - 1.
   template <bool DESCENDING> __device__ __forceinline__ int tile_at(int step) const { return DESCENDING ? first_tile + last_tile - 1 - step : step; }
 

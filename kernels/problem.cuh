@@ -3,6 +3,7 @@
 #include "types.cuh"
 
 constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
+constexpr int KEY_BLOCKS_TAKEN = 3;  // and the word that counts key blocks, where they are taken so
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
@@ -83,6 +84,7 @@ struct Problem {
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
+  int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
   int first_tile;               // backward_finish_sm90: of all query tiles, that of the first block
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
   int batches_together;         // STAGED_BIAS in forward_sm90, BIAS_GRADIENT: how many batch entries share a bias, if their tiles should follow each other

@@ -14,6 +14,16 @@ template <int STAGES> struct Ring {
   __device__ __forceinline__ void wait_empty(u32 barriers) const { barrier_wait(barriers + 8 * stage, parity ^ 1); }
 };
 
+// The same for two stages, in one register.
+struct PairRing {
+  u32 count = 0;
+  __device__ __forceinline__ u32 stage() const { return count % 2; }
+  __device__ __forceinline__ u32 parity() const { return count / 2 % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
+  __device__ __forceinline__ void wait_full(u32 barriers) const { barrier_wait(barriers + 8 * stage(), parity()); }
+  __device__ __forceinline__ void wait_empty(u32 barriers) const { barrier_wait(barriers + 8 * stage(), parity() ^ 1); }
+};
+
 // The barriers of a ring: how many arrivals make a stage full (besides the bytes of copies), and empty.
 __device__ __forceinline__ void init_ring(u32 base, int full, int writers, int empty, int readers, int stages) {
   for (int stage = 0; stage < stages; ++stage) barrier_init(base + full + 8 * stage, writers), barrier_init(base + empty + 8 * stage, readers);
@@ -22,6 +32,7 @@ __device__ __forceinline__ void init_ring(u32 base, int full, int writers, int e
 // Where the boxes of an array's (batch, head) lie. It is worked out once, not for each copy: who waits for a tile waits for the thread that issues it.
 struct BoxPlace {
   int head, batch, outer;
+  BoxPlace() = default;
   __device__ __forceinline__ BoxPlace(const Array& array, const Place& place)
       : head(array.head_stride ? array.head_of(place.head) : 0), batch(array.batch_stride[3] ? place.batch[3] : 0), outer(array.batch_stride[2] ? place.batch[2] : 0) {}
 

@@ -39,6 +39,12 @@ def assert_a_thousand_backwards_are_equal(dout, q, k, v, options):
     assert not differs
 
 
+@pytest.fixture
+def long_calls(monkeypatch):
+    """The kernels of long calls take short ones too."""
+    monkeypatch.setattr(tiles, "MAKES_DQ_DIMS", ())
+
+
 @pytest.fixture(params=["bfloat16", "float16"])
 def arrays(request, seed):
     needs_sm90()
@@ -555,9 +561,14 @@ class TestRepeatedCalls:
 
 @pytest.mark.parametrize("name", ["nothing", *NAMES])
 @pytest.mark.parametrize("dims", [*tiles.BACKWARD_SM90, (192, 128), (72, 200)], ids=str)
+@pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("blocks", ["a head each", "heads together"])
-def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkeypatch):
+def test_backward_at_every_head_dim(arrays, blocks, length, dims, name, no_plans, monkeypatch, request):
     """Blocks that go from one query head to the next too: their rings of tiles go on, and the last tile's dQ belongs to the head before."""
+    if length == "long":
+        if dims not in tiles.MAKES_DQ_DIMS:
+            pytest.skip("these are taken by the kernels of long calls anyway")
+        request.getfixturevalue("long_calls")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1 if blocks == "heads together" else 10**6)
     q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, 2, 350, dims[0]), arrays.normal(2, 2, 350, dims[1])
     options = {} if name == "nothing" else option(name, arrays, (2,), 4, 300, 350)
@@ -571,7 +582,7 @@ def test_backward_at_every_head_dim(arrays, blocks, dims, name, no_plans, monkey
 
 
 @pytest.fixture(params=[1, 4, 5, 2**32 - 1])
-def walks(request, monkeypatch):
+def walks(request, monkeypatch, long_calls):
     """Walks as those of long calls: (with which tile they begin, the words in memory that say so and are then told where blocks are)."""
     monkeypatch.setattr(tiles, "WALK_TOGETHER_BYTES", 0)
     empty, words = cupy.empty, []
@@ -641,13 +652,80 @@ def test_changes_of_scores_together(dtype, dims, changes, which, seed, no_plans,
 
 
 @pytest.mark.parametrize("changes", [("softcap",), ("dropout",), ("mask", "dropout"), CHANGES], ids="-".join)
+@pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_thousand_backwards_in_order_are_equal(arrays, head_dim, changes, no_plans):
+def test_a_thousand_backwards_in_order_are_equal(arrays, head_dim, length, changes, no_plans, request):
+    if length == "long":
+        request.getfixturevalue("long_calls")
     q, k, v = arrays.qkv(500, 500, head_dim, lead=(2, 8))
     dout, options = arrays.normal(2, 8, 500, head_dim), {"deterministic": True, "causal": True}
     for name in changes:
         options |= option(name, arrays, (2,), 8, 500, 500)
     assert_a_thousand_backwards_are_equal(dout, q, k, v, options)
+
+
+SHORT_CALLS = {  # queries, keys, options
+    "full": (256, 256, {}),
+    "uneven": (300, 300, {"causal": True}),
+    "more keys": (130, 400, {"causal": True}),
+    "keys that no query sees": (100, 1000, {"causal": True, "offset": 0}),
+    "key blocks without queries": (128, 512, {"causal": True, "offset": 0}),
+    "an offset": (200, 130, {"causal": True, "offset": 30}),
+    "one key block": (200, 100, {}),
+    "one of each": (1, 1, {"causal": True}),
+    "many key blocks": (500, 900, {"causal": True}),
+}
+
+
+class TestDqMadeByKeyBlocks:
+    """Of short calls, without a launch that turns sums into dQ."""
+
+    @pytest.mark.parametrize("shape", SHORT_CALLS)
+    @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (40, 56)], ids=str)
+    @pytest.mark.parametrize("blocks", [2, 10**6])
+    def test_shapes(self, arrays, blocks, dims, shape, no_plans, monkeypatch):
+        """By blocks that take several key blocks each, and by one for each."""
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: blocks)
+        queries, keys, options = SHORT_CALLS[shape]
+        q, k, v = arrays.normal(2, 3, queries, dims[0]), arrays.normal(2, 3, keys, dims[0]), arrays.normal(2, 3, keys, dims[1])
+        check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, both=True, **options)
+        assert all(plan.makes_dq and plan.finish is None for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
+    def test_arrays_whose_heads_follow_the_rows(self, arrays, no_plans):
+        q, k, v, dout = (arrays.normal(2, length, 3, 64).swapaxes(1, 2) for length in (300, 350, 350, 300))
+        check_backward(dout, q, k, v, roundings=8, both=True, causal=True)
+        assert all(plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_a_thousand_sums_of_three_are_equal(self, arrays, head_dim, causal, no_plans, monkeypatch):
+        """The first of three key blocks stores and the last one waits for both: whoever came too early would be seen."""
+        q, k, v = arrays.qkv(384, 384, head_dim, lead=(4, 40))
+        assert_a_thousand_backwards_are_equal(arrays.normal(4, 40, 384, head_dim), q, k, v, {"causal": causal})
+        assert all(plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
+    OTHERS = "queries that see nothing", "window", "q_lengths", "kv_lengths", "cu_seqlens", "bias", "odd rows", "shared queries", "heads the host sums", "long"
+
+    @pytest.mark.parametrize("why", OTHERS)
+    def test_other_calls(self, arrays, why, no_plans, monkeypatch):
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 10**6)
+        queries, keys, options, columns, heads = 300, 280, {}, 64, (4, 4)
+        if why == "queries that see nothing":
+            options = {"causal": True, "offset": -1}
+        elif why == "odd rows":
+            columns = 60
+        elif why == "shared queries":
+            heads = (1, 4)
+        elif why == "heads the host sums":
+            heads = (4, 2)
+        elif why == "long":
+            monkeypatch.setattr(tiles, "MAKES_DQ_KEYS", 279)
+        else:
+            options = option(why, arrays, (2,), 4, queries, keys)
+        q, k, v = arrays.normal(2, heads[0], queries, columns), arrays.normal(2, heads[1], keys, columns), arrays.normal(2, heads[1], keys, columns)
+        check_backward(arrays.normal(2, 4, queries, columns), q, k, v, roundings=8, **options)
+        (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+        assert not plan.makes_dq
 
 
 class TestGradientOfABias:

@@ -170,6 +170,8 @@ def test_backward_instances_of_sm90(precision, dims):
     wider = sets | {own | which for own in sets}
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
+    if dims in tiles.MAKES_DQ_DIMS:
+        names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in sets if not own & (which | tiles.BIAS)]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
 
@@ -209,13 +211,15 @@ def test_sizes_of_sm90_backward_tiles_for_float32():
     compile_program(program_of_assertions("backward_parts_sm90.cu", conditions), architecture="sm_90a")
 
 
-@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("order", [(False,), (True,), (True, True)], ids=str)
 @pytest.mark.parametrize(("dims", "tile"), [*tiles.BACKWARD_SM90.items(), *tiles.BACKWARD_SM90_WITH_OPTIONS.items()], ids=str)
-def test_sizes_of_sm90_backward_tiles(dims, tile, in_order):
-    more = (str(in_order).lower(),) if tile.kernel == "backward_sm90" else ()
+def test_sizes_of_sm90_backward_tiles(dims, tile, order):
+    if len(order) == 2 and dims not in tiles.MAKES_DQ_DIMS:
+        pytest.skip("no key block makes dQ at these head dims")
+    more = [str(value).lower() for value in (*order, False)[:2]] if tile.kernel == "backward_sm90" else []
     struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile), *more)))}>"
-    sizes = {"SHARED_BYTES": tile.shared_bytes(dims, in_order), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
-    assert tile.shared_bytes(dims, in_order) <= SHARED_LIMITS["sm_90"]
+    sizes = {"SHARED_BYTES": tile.shared_bytes(dims, *order), "THREADS": tile.threads, "KEY_TILE": tile.key_tile}
+    assert tile.shared_bytes(dims, *order) <= SHARED_LIMITS["sm_90"]
     conditions = [f"{struct}::{name} == {value}" for name, value in sizes.items()]
     compile_program(program_of_assertions(tile.file, conditions), architecture="sm_90a")
 
@@ -262,11 +266,17 @@ def test_row_kernels(architecture, precision):
     kind = tiles.PRECISIONS[precision]
     head_dims = sorted({head_dim for head_dim, _ in tiles.head_dims_of(precision)})
     rows = (0, tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
-    names = [f"backward_prepare<{kind}, {head_dim}, {options}, {flag}>" for head_dim in head_dims for options in rows for flag in ("true", "false")]
+    flags = (True, False)
+    names = [
+        tiles.backward_prepare(precision, (head_dim,), options, flag, launch.ROWS_PER_BLOCK) for head_dim in head_dims for options in rows for flag in flags
+    ]
     names += [f"backward_finish<{kind}, {head_dim}, {options & ~tiles.SINKS}>" for head_dim in head_dims for options in rows]
     if architecture == "sm_90" and precision != "float64":
         sm90 = tiles.BACKWARD_SM90_PARTS[precision] if precision in tiles.PARTS else tiles.BACKWARD_SM90
         names += [tiles.backward_finish_sm90(precision, dims, options & ~tiles.SINKS, tile.query_tile) for dims, tile in sm90.items() for options in rows]
+        if precision not in tiles.PARTS:
+            own = [(dims, tile.query_tile) for dims, tile in sm90.items()]
+            names += [tiles.backward_prepare(precision, dims, options, flag, query_tile) for dims, query_tile in own for options in rows for flag in flags]
     assert spills("backward_rows.cu", names, architecture) == []
 
 

@@ -108,11 +108,11 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
     sums = problem.lse_dtype
-    rows = cupy.empty((2 + (dsinks is not None) + plan.in_order, plan.rows), sums)
+    rows = cupy.empty((2 + (dsinks is not None) + plan.takes_turns, plan.rows), sums)
     words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
     if dsinks is not None:
         words["row_sink"] = rows[2].data.ptr
-    if plan.in_order:
+    if plan.takes_turns:
         words["row_turn"] = rows[-1].data.ptr
     if plan.walks_together:
         walked_to = cupy.empty(1, cupy.uint32)
@@ -284,7 +284,8 @@ def warmup(dtypes, head_dims):
                     sm80_dims += [standing_by] if standing_by != dims else []
             if backward is not None:
                 main, dims = backward
-                wanted += [(main.file, main.name(precision, dims, 0, in_order), main.shared_bytes(dims, in_order)) for in_order in (False, True)]
+                orders = [(False,), (True,)] + [(True, True)] * (dims in tiles.MAKES_DQ_DIMS)
+                wanted += [(main.file, main.name(precision, dims, 0, *order), main.shared_bytes(dims, *order)) for order in orders]
                 finish = tiles.backward_finish_sm90(precision, dims, 0, main.query_tile)
                 sm80_dims = []
             for own in sm80_dims:
@@ -296,7 +297,8 @@ def warmup(dtypes, head_dims):
                 wanted += [(without_dq.file, without_dq.name(precision, own, 0, False), without_dq.shared_bytes(own, size))]
                 wanted += [(query.file, query.name(precision, own, 0), query.shared_bytes(own, size))]
             for own in sm80_dims or [dims]:
-                wanted += [("backward_rows.cu", f"backward_prepare<{kind}, {own[0]}, 0, {flag}>", 0) for flag in ("true", "false")]
+                rows = launch.ROWS_PER_BLOCK if backward is None else backward[0].query_tile
+                wanted += [("backward_rows.cu", tiles.backward_prepare(precision, own, 0, flag, rows), 0) for flag in (True, False)]
             wanted += [("backward_rows.cu", finish, 0)]
             for file, name, shared_bytes in wanted:
                 started = time.perf_counter()

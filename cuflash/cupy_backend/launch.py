@@ -38,7 +38,8 @@ LAYOUT = numpy.dtype(
     + [(name, "u8") for name in WORDS]
     + [("offset", "i8"), ("split_stride", "i8"), ("rows_in_dq", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
-    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "first_tile", "splits", "batches_together")]
+    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "in_order", "first_tile", "splits")]
+    + [("batches_together", "i4")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
@@ -606,6 +607,17 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
     return places * padded // tile.query_tile // 2
 
 
+def _key_blocks_make_dq(problem, views, dims):
+    """Whether key blocks of backward_sm90 make dQ: of short sequences, where one sees each query tile, and what they write is whole pieces of 16 bytes."""
+    if dims not in tiles.MAKES_DQ_DIMS or problem.key_length > (tiles.MAKES_DQ_KEYS_UNEVEN if last_first(problem) else tiles.MAKES_DQ_KEYS):
+        return False
+    if problem.sequences or problem.left is not None or problem.q_lengths is not None or problem.kv_lengths is not None or problem.bias is not None:
+        return False
+    offset = problem.key_length - problem.query_length if problem.offset is None else problem.offset
+    seen = problem.right is None or (isinstance(offset, int) and offset + problem.right >= 0)
+    return seen and not any(step % 8 for name in ("dq", "dk", "dv") for step in (*views[name][1], views[name][2][0], views[name][3]))
+
+
 class FinishInPlace:
     """The launches that turn dQ's sums into dQ where half of them lie in dq itself; see kernels/backward_rows.cu."""
 
@@ -683,10 +695,13 @@ class BackwardPlan:
         whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
+        whole = maps is not None and not in_parts and not self.key_parts and not self.query_parts
+        self.makes_dq = whole and _key_blocks_make_dq(problem, views, dims)
+        self.takes_turns = self.in_order or self.makes_dq
         # Sums of dQ lie in padded rows, and the host takes them from there; but not where sequences are padded one by one or rows take no part, nor those of
         # the sm90 family, whose tiles have an order of their own.
         by_rows = self.query_parts and not problem.sequences and problem.q_lengths is None and maps is None
-        self.finishes = not self.separate_dq and not by_rows
+        self.finishes = not self.separate_dq and not by_rows and not self.makes_dq
         parts = {}
         if self.key_parts:
             self.dk_shape, self.dv_shape = ((*problem.batch, self.blocks_of_heads, problem.key_length, dim) for dim in dims)
@@ -696,15 +711,16 @@ class BackwardPlan:
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
         head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
-        even = problem.left is None and problem.right is None and not problem.sequences and not self.in_order
+        even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
-        sweep_heads = sweep(problem, head_bytes * together, places // together, self.in_order)
-        in_dq = _tiles_in_dq(problem, views, dims, padded, main)
+        room = 2 if self.makes_dq and not last_first(problem) else 1  # as much again of L2 is left to others: measured
+        sweep_heads = sweep(problem, room * head_bytes * together, places // together, self.takes_turns)
+        in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
-        numbers = {"partial": self.key_parts, "sweep_heads": sweep_heads, **rows, **grid}
+        numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, **rows, **grid}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
@@ -715,9 +731,10 @@ class BackwardPlan:
         def launch(file, name, blocks, threads, shared_bytes=0, argument=packed, **mapping):
             return Launch(modules.kernel(file, name, shared_bytes, device), blocks, threads, shared_bytes, argument, **mapping)
 
-        row_blocks, kind = places * padded // ROWS_PER_BLOCK, tiles.PRECISIONS[precision]
-        zero = str(not self.separate_dq).lower()
-        self.prepare = launch("backward_rows.cu", f"backward_prepare<{kind}, {dims[0]}, {row_options}, {zero}>", row_blocks, 256)
+        row_blocks = places * padded // ROWS_PER_BLOCK
+        own_rows = main.query_tile if maps is not None and size == 2 else ROWS_PER_BLOCK
+        name = tiles.backward_prepare(precision, dims, row_options, not (self.separate_dq or self.makes_dq), own_rows)
+        self.prepare = launch("backward_rows.cu", name, places * padded // own_rows, 256)
         self.main = self.query = self.finish = self.bias = None
         if not problem.key_length:
             return
@@ -729,13 +746,15 @@ class BackwardPlan:
         if maps is None:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
-            name = main.name(precision, dims, options | bias_options, self.in_order)
-            shared_bytes = main.shared_bytes(dims, precision if in_parts else self.in_order)
+            makes_dq = (True,) if self.makes_dq else ()
+            name = main.name(precision, dims, options | bias_options, self.takes_turns, *makes_dq)
+            shared_bytes = main.shared_bytes(dims, precision if in_parts else self.takes_turns, *makes_dq)
+            blocks = min(places // together * key_tiles, multiprocessors(device) if self.makes_dq else math.inf)
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
                 mapping["maps"] = float32_parts.maps_beside(mapping["argument"])
-            self.main = _with_mask(by_keys, launch(main.file, name, places // together * key_tiles, main.threads, shared_bytes, **mapping))
+            self.main = _with_mask(by_keys, launch(main.file, name, blocks, main.threads, shared_bytes, **mapping))
         dq = {"dq": contiguous_layout(self.dq_shape)} if self.query_parts else {}
         head_bytes = problem.key_length * sum(dims) * size * max(problem.key_heads, problem.value_heads) // problem.heads
         sweep_heads = sweep(problem, head_bytes, places)
@@ -750,7 +769,7 @@ class BackwardPlan:
             self.query = _with_mask(by_queries, own)
         if self.finishes:
             row_options &= ~tiles.SINKS
-            name, blocks = f"backward_finish<{kind}, {dims[0]}, {row_options}>", row_blocks
+            name, blocks = f"backward_finish<{tiles.PRECISIONS[precision]}, {dims[0]}, {row_options}>", row_blocks
             if maps is not None:
                 name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
 

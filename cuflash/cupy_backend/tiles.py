@@ -171,10 +171,14 @@ class BackwardSm90Tile(_Parameters):
 
     kernel, threads, key_tile = "backward_sm90", 384, 128
 
-    def shared_bytes(self, dims, in_order=False):
+    def shared_bytes(self, dims, in_order=False, makes_dq=False):
         rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
-        slabs = self.query_tile * dims[0] * 4 if in_order or self.query_tile == 64 else 0  # of dQ
-        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1 + 1) + 24
+        slabs = self.query_tile * dims[0] * 4 if (in_order and not makes_dq) or self.query_tile == 64 else 0  # of dQ
+        of_key_blocks = 8 * 14 + 2 * 256 if makes_dq else 24
+        return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1 + 1) + of_key_blocks
+
+    def name(self, precision, dims, options, in_order, makes_dq=False):
+        return super().name(precision, dims, options, in_order, makes_dq)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,6 +390,8 @@ IN_PLACE_WORK = 2**40
 WALK_TOGETHER_BYTES = 2**28
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
+# Keys up to which key blocks make dQ themselves, where last queries see most of them, and else. From 512 to 4,096 keys on an H200.
+MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 128, 2, 2),
     (128, 128): BackwardSm90Tile(64, 64, 2, 2),
@@ -595,6 +601,11 @@ def backward_parts(precision, head_dim, value_dim, options):
     dims = next((dims for dims in BACKWARD_SM90_PARTS[precision] if head_dim <= dims[0] and value_dim <= dims[1]), None)
     fits = _changes_of_scores(options & ~SCALE_FIRST) < 2  # what leaves enough registers
     return (BACKWARD_SM90_PARTS[precision][dims], dims) if dims and fits else None
+
+
+def backward_prepare(precision, dims, options, zero_dq_sum, rows):
+    """The kernel that comes first; `rows`: of a block."""
+    return f"backward_prepare<{_arguments(PRECISIONS[precision], dims[0], options, zero_dq_sum, rows)}>"
 
 
 def backward_finish_sm90(precision, dims, options, query_tile):

@@ -185,11 +185,11 @@ inline void read_for(Warp& warp, BulkAdd& add) {
 inline void finish_add(Warp& warp, BulkAdd& add) {
   read_for(warp, add);
   float* target = (float*)add.target;
-  for (size_t k = 0; k < add.numbers.size(); ++k) target[k] = flush(target[k] + add.numbers[k]);
+  for (size_t k = 0; k < add.numbers.size(); ++k) target[k] = add.stores ? add.numbers[k] : flush(target[k] + add.numbers[k]);
 }
-inline void add_bytes(Warp& warp, const Instruction& code, u32 lanes) {   // target, source, bytes
+inline void add_bytes(Warp& warp, const Instruction& code, u32 lanes) {   // target, source, bytes; mode 1: what was there does not matter
   for_lanes(lanes, [&](int lane) {
-    BulkAdd add{warp.add_group[lane], warp.operand<u32>(code, 1)[lane], warp.operand<u64>(code, 0)[lane], warp.operand<u32>(code, 2)[lane], {}, false, false};
+    BulkAdd add{warp.add_group[lane], warp.operand<u32>(code, 1)[lane], warp.operand<u64>(code, 0)[lane], warp.operand<u32>(code, 2)[lane], {}, false, false, code.mode == 1};
     if (add.source % 16 || add.target % 16 || add.bytes % 16) fail("a bulk reduction that is not in pieces of 16 bytes");
     if (add.source < SHARED_START || (u64)add.source + add.bytes > warp.block->shared_bytes || !allocated(add.target, add.bytes)) fail("a bulk reduction outside of memory");
     if (watching)

@@ -109,7 +109,7 @@ struct Block {
 };
 
 struct LaneCopy { u32 group, target; u64 source; u32 bytes; };
-struct BulkAdd { u32 group, source; u64 target; u32 bytes; vector<float> numbers; bool is_read, waited_for; };
+struct BulkAdd { u32 group, source; u64 target; u32 bytes; vector<float> numbers; bool is_read, waited_for, stores; };
 
 struct ProductRead { u32 group, word; const Instruction* code; int row, column; };   // of the result, that it goes into; the other one is -1
 

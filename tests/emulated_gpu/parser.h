@@ -359,6 +359,8 @@ class Parser {
       address(s.arguments[0], 4), address(s.arguments[1], 8), take(s.arguments[2], 4), address(s.arguments[3], 4), code.run = load_bytes;
     } else if (s.starts("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32")) {
       address(s.arguments[0], 8), address(s.arguments[1], 4), take(s.arguments[2], 4), code.run = add_bytes;
+    } else if (s.starts("cp.async.bulk.global.shared::cta.bulk_group")) {
+      address(s.arguments[0], 8), address(s.arguments[1], 4), take(s.arguments[2], 4), code.run = add_bytes, code.mode = 1;
     }
     return true;
   }
@@ -396,6 +398,7 @@ class Parser {
     const bool sign = type[0] == 's', wide = own == 8, is_short = bytes_of(type) == 2;
     if (op == "and" || op == "or" || op == "xor") {
       take_all(s, {own, own, own}), code.run = wide ? bitwise<u64>(op) : bitwise<u32>(op);
+      if (type == "pred") code.run = op == "xor" ? map2<u32, u32, u32, [](u32 a, u32 b) -> u32 { return !a != !b; }> : code.run;   // true may stand there as -1
     } else if (op == "not") {
       take_all(s, {own, own});
       code.run = type == "pred" ? map1<u32, u32, [](u32 a) -> u32 { return !a; }>
