@@ -384,13 +384,13 @@ FORWARD_SM90_SPLIT_KEYS = {
 # Queries times keys times head dim from which on a backward of the sm90 family keeps half of dQ's sums in dq: 10 ms at least, and finishing dQ in place takes
 # some fifteen short launches.
 IN_PLACE_WORK = 2**40
-# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk). On an H200:
-# 2^20 steps, d 128 2.39 s, else 2.55; d 64 1.29 s, else 1.38; 2^18 steps, d 256 0.39 s, else 0.49; at 2^28 bytes and below no difference. Causal calls
-# were slower: 2^20 steps, d 128 1.24 s, else 1.19.
+# Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk): these are then
+# far more than L2 holds. By trials on an H200, 2^18 to 2^20 steps; causal calls were slower with it.
 WALK_TOGETHER_BYTES = 2**28
 # Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
 HEADS_IN_ORDER = 16
-# Keys up to which key blocks make dQ themselves, where last queries see most of them, and else. From 512 to 4,096 keys on an H200.
+# Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
+# 512 to 4,096 keys.
 MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 128, 2, 2),
