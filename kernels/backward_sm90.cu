@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   }
 
   take_registers<Tiles::COMPUTING_REGISTERS>();
+  const Block only(problem, blockIdx.x);   // not MAKES_DQ; here, as further down registers are fewer
+  if (!MAKES_DQ && !only.exists()) return;
   const int lane = threadIdx.x % 32, key_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16;
   constexpr bool CLEARS = (OPTIONS & (PACKED | LENGTHS)) != 0;
   auto arrive = [&](int barrier) { if (lane == 0) barrier_arrive(base + barrier); };
@@ -126,7 +128,6 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     named_barrier_sync(2 + warpgroup, 128);
   };
 
-  const Exponential<PRECISION> exponential(problem);
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int end_of_last = MAKES_DQ ? uniform(slot->end_of_last) : 0;   // of the query tiles of which this is the last key block
     const bool is_first = MAKES_DQ && uniform(block.first_key) == 0;
     const u32 parity = MAKES_DQ ? slot->count % 2 : 0;
+    const Exponential<PRECISION> exponential(problem);
     float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
 
     auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
@@ -433,9 +435,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       arrive(Tiles::SLOT_EMPTY + 8 * ring.stage);
     }
   } else {
-    const Block block(problem, blockIdx.x);
-    if (!block.exists()) return;
-    make_gradients(block, nullptr);
+    make_gradients(only, nullptr);
     if (Tiles::SLABS && !IN_ORDER && lane == 0) wait_until_read();   // before the memory is another block's
   }
 }

@@ -84,7 +84,6 @@ struct Problem {
   int sweep_heads;              // heads whose tiles are scheduled together (Schedule)
   int heads_per_block;          // backward: query heads that one block sums into its dK and dV
   int partial;                  // backward: dq, dk and dv are parts that the host sums (broadcast or split heads), rows as wide as the kernel's tile
-  int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
   int first_tile;               // backward_finish_sm90: of all query tiles, that of the first block
   int splits;                   // gradient of the bias, and SPLIT_KEYS: parts
   int batches_together;         // STAGED_BIAS in forward_sm90, BIAS_GRADIENT: how many batch entries share a bias, if their tiles should follow each other
@@ -100,6 +99,7 @@ struct Problem {
   Divisor by_heads, by_grid_heads, by_batch[BATCH_DIMS];
   Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;
+  int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
 };
 
 template <typename Real> __device__ __forceinline__ const auto& factors(const Problem& problem) {

@@ -38,13 +38,12 @@ LAYOUT = numpy.dtype(
     + [(name, "u8") for name in WORDS]
     + [("offset", "i8"), ("split_stride", "i8"), ("rows_in_dq", "i8"), ("left", "i8"), ("right", "i8"), ("batch", "i4", BATCH_DIMS)]
     + [(name, "i4") for name in ("heads", "grid_heads", "grid_places", "queries", "keys", "padded_queries", "padding", "sequences", "bounded")]
-    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "in_order", "first_tile", "splits")]
-    + [("batches_together", "i4")]
+    + [(name, "i4") for name in ("last_first", "aligned_ends", "sweep_heads", "heads_per_block", "partial", "first_tile", "splits", "batches_together")]
     + [("thresholds", "u4"), ("keeps_below", "i4")]
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
-    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)],
+    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
