@@ -11,7 +11,7 @@
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
 // IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
 //
-// MAKES_DQ, for short sequences, whose sums would cost as much time as all else: the blocks of a grid that fits on the GPU take key blocks one after the other
+// MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take key blocks one after the other
 // (key_blocks_sm90.cuh). The first key block that sees a query tile stores its part of the sum, which nobody has to clear; the last one keeps its part, waits for
 // the sum of the others, which is then in L2, and writes dQ.
 //

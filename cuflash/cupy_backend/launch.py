@@ -712,7 +712,7 @@ class BackwardPlan:
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
-        room = 2 if self.makes_dq and not last_first(problem) else 1  # as much again of L2 is left to others: measured
+        room = tiles.EVEN_HEADS_ROOM if self.makes_dq and not last_first(problem) else 1
         sweep_heads = sweep(problem, room * head_bytes * together, places // together, self.takes_turns)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile

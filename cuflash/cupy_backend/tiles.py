@@ -392,6 +392,8 @@ HEADS_IN_ORDER = 16
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
 # 512 to 4,096 keys.
 MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
+# Where all key blocks have as much to do, fewer heads are then swept together: each counts as so many. By the same trials.
+EVEN_HEADS_ROOM = 2
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 128, 2, 2),
     (128, 128): BackwardSm90Tile(64, 64, 2, 2),
