@@ -11,12 +11,11 @@
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
 // IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
 //
-// MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take key blocks one after the other
-// (key_blocks_sm90.cuh). The first key block that sees a query tile stores its part of the sum, which nobody has to clear; the last one keeps its part, waits for
-// the sum of the others, which is then in L2, and writes dQ.
+// MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
+// key blocks one after the other (key_blocks_sm90.cuh). The first key block that sees a query tile stores its part of the sum, which nobody has to clear; the last
+// one keeps its part, waits for the sum of the others, which is then in L2, and writes dQ.
 //
-// The scores of AT_ONCE queries are in registers: of a whole tile,
-// or where options need registers, of one of its parts after the other.
+// The scores of AT_ONCE queries are in registers: of a whole tile, or where options need registers, of one of its parts after the other.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers

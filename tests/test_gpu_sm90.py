@@ -698,7 +698,7 @@ class TestDqMadeByKeyBlocks:
 
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("head_dim", [64, 128])
-    def test_a_thousand_sums_of_three_are_equal(self, arrays, head_dim, causal, no_plans, monkeypatch):
+    def test_a_thousand_sums_of_three_are_equal(self, arrays, head_dim, causal, no_plans):
         """The first of three key blocks stores and the last one waits for both: whoever came too early would be seen."""
         q, k, v = arrays.qkv(384, 384, head_dim, lead=(4, 40))
         assert_a_thousand_backwards_are_equal(arrays.normal(4, 40, 384, head_dim), q, k, v, {"causal": causal})
