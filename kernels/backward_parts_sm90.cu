@@ -53,7 +53,7 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
 };
 
 // As load_for_key_block has it, of groups of 64 rows and their factors.
-template <typename Tiles, typename Block, int OPTIONS, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
+template <typename Tiles, typename Block, int OPTIONS, int Q_STAGES, int DO_STAGES>
 __device__ __forceinline__ void load_parts_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
   if (!block.exists() || block.first_tile >= block.last_tile) return;
@@ -69,8 +69,7 @@ __device__ __forceinline__ void load_parts_for_key_block(const Problem& problem,
     const i64 first_row = block.sequence.padded_row(problem, place);
     const Group q_place(problem, problem.q, place, problem.cu_q, problem.queries, sequence), do_place(problem, problem.dout, place, problem.cu_q, problem.queries, sequence);
 #pragma unroll 1
-    for (int step = block.first_tile; step < block.last_tile; ++step) {
-      const int tile = block.template tile_at<IN_ORDER>(step);
+    for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
       q_ring.wait_empty(base + Tiles::Q_EMPTY);
       u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
       q_place.template load<K_BOXES, Tiles::BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, base + Tiles::Q_FACTORS + q_ring.stage * FACTOR_BYTES, tile, full, Tiles::ROW_BYTES);
@@ -92,7 +91,7 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES,
 __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   constexpr int PARTS = parts_of(PRECISION);
   using Tiles = BackwardPartsSm90Tiles<PARTS, HEAD_DIM, VALUE_DIM, Q_STAGES, DO_STAGES, DS_STAGES>;
-  using Block = KeyBlock<OPTIONS, 64, 64>;
+  using Block = KeyBlock<OPTIONS, 64, 64, IN_ORDER>;
   using Scores = float[1][8][4];
   static_assert(sizeof(Block) <= Tiles::BLOCK_BYTES && alignof(Block) <= 8, "");
   extern __shared__ __align__(1024) u8 shared[];
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
     if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-    if (warp == 0) load_parts_for_key_block<Tiles, Block, OPTIONS, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+    if (warp == 0) load_parts_for_key_block<Tiles, Block, OPTIONS, Q_STAGES, DO_STAGES>(problem, maps, base);
     if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
     return;
   }
@@ -189,10 +188,9 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
 #pragma unroll 1
     for (int head = 0; head < problem.heads_per_block; ++head, dq_rows += (i64)problem.padded_queries * HEAD_DIM) {
 #pragma unroll 1
-      for (int step = block.first_tile; step < block.last_tile; ++step) {
+      for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
         // As in backward_sm90.cu, products that are not used spare branches around others under way.
-        const bool follows = step > block.first_tile || head > 0, more = step + 1 < block.last_tile || head + 1 < problem.heads_per_block;
-        const int tile = block.template tile_at<IN_ORDER>(step);
+        const bool follows = tile > block.first_tile || head > 0, more = tile + 1 < block.last_tile || head + 1 < problem.heads_per_block;
         float sum[COLUMNS / 8][4];
         own(head, tile, scores, sum);
         Scores next;   // in registers of their own: those of the last ones are free by now

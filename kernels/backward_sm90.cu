@@ -56,7 +56,7 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
 template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool MAKES_DQ>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, AT_ONCE, Q_STAGES, DO_STAGES, IN_ORDER, MAKES_DQ>;
-  using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE>;
+  using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE, IN_ORDER && !MAKES_DQ>;
   using Slot = KeyBlockSlot<Block>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 
 #pragma unroll 1
       for (int step = first_tile * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
-        const int tile = IN_ORDER ? first_tile + last_tile - 1 - step / Tiles::PARTS : tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
+        const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
         // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
         // takes Sᵀ of the tile after it from whatever lies there; neither is used.
         const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > first_tile || head > 0;   // the former takes fewer registers

@@ -38,7 +38,7 @@ template <typename Tiles> __device__ __forceinline__ void begin_walk(const Probl
 
 template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinline__ int tile_of_walk(const Block& block, int step, u32 base) {
   if constexpr (Block::WRAPS && !IN_ORDER) return block.tile_from(load_shared(base + Tiles::BEGIN), step);
-  else return block.template tile_at<IN_ORDER>(step);
+  else return step;
 }
 
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
@@ -77,25 +77,26 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 }
 
 // The block's turns at dq_sum, one query tile after the other: add(row, wait, done) is to call wait() before it adds to the tile whose padded rows begin at `row`, and
-// done() when that has come about. A key block adds to a tile once the key block before it has (if that sees the tile). Blocks start in the order of their keys,
-// so who is waited for is under way; and all walk from the last tile that they see to the first: so the one before is ahead, under causal masks and windows too.
+// done() when that has come about. A key block adds to a tile once that of the next keys has (if it sees the tile), which began earlier (LAST_KEYS_FIRST), so that who
+// is waited for is under way. Under causal masks that one is a tile ahead even if both begin together, as each begins with the first queries that see its keys: where
+// the longest blocks began first, each would have to wait for the one before, and as that takes longer, its successor anew. row_turn: one more than who was last.
 // `part`: of those who add to a tile apart from each other.
 template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline__ void take_turns(const Problem& problem, int part, Add add) {
-  int first, tiles, end_of_previous;   // of query tiles
+  int first, last, begin_of_next;   // of query tiles
   u32 row, turn;
   {
     const Block block(problem, block_index_again());
     if (!block.exists()) return;
-    first = block.first_tile, tiles = block.last_tile - first, end_of_previous = block.end_of_previous(), turn = block.slot.tile;
+    first = block.first_tile, last = block.last_tile, begin_of_next = block.begin_of_next(), turn = block.slot.tile + 1;
     row = block.sequence.padded_row(problem, block.place);
-    if (problem.sequences && problem.row_turn[OFFSETS_DESCEND]) end_of_previous = 0;   // the sums are of no use then, and nobody may be there to wait for
+    if (problem.sequences && problem.row_turn[OFFSETS_DESCEND]) begin_of_next = last;   // the sums are of no use then, and nobody may be there to wait for
   }
   for (int head = 0; head < problem.heads_per_block; ++head, row += problem.padded_queries) {
 #pragma unroll 1
-    for (int tile = first + tiles - 1; tile >= first; --tile) {
+    for (int tile = first; tile < last; ++tile) {
       const u32 tile_row = row + tile * QUERY_TILE;
       u32* row_turn = problem.row_turn + tile_row + part;
-      add(tile_row, [&] { if (tile < end_of_previous) wait_for_value(row_turn, turn); }, [&] { store_release(row_turn, turn + 1); });
+      add(tile_row, [&] { if (tile >= begin_of_next) wait_for_value(row_turn, turn + 1); }, [&] { store_release(row_turn, turn); });
     }
   }
 }

@@ -36,7 +36,7 @@ template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES,
 __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardWideSm90Tiles<HEAD_DIM, VALUE_DIM, Q_STAGES, DO_STAGES>;
   using Element = typename ElementOf<PRECISION>::type;
-  using Block = KeyBlock<OPTIONS, 64, 64>;
+  using Block = KeyBlock<OPTIONS, 64, 64, IN_ORDER>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);

@@ -3,7 +3,8 @@
 #include "score.cuh"
 
 // Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
-template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
+// LAST_KEYS_FIRST: blocks begin in descending order of their keys.
+template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = false> struct KeyBlock {
   Schedule schedule;
   Place place;    // of the first of the block's query heads; any of them finds the key head
   TileOfSequence slot;
@@ -13,7 +14,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
   int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
 
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile)), sequence(problem, place, slot.sequence),
+      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(slot_of(problem)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     find_tiles(problem);
   }
@@ -23,7 +24,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
     schedule = Schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE));
     keep_memory_here();
     place = Place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads);
-    slot = tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, schedule.tile);
+    slot = slot_of(problem);
     keep_memory_here();
     sequence = Sequence<OPTIONS>(problem, place, slot.sequence);
     keep_memory_here();
@@ -35,10 +36,13 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
 
   __device__ __forceinline__ void find_tiles(const Problem& problem) {
     place.head *= problem.heads_per_block;
-    const int first_query = visible.query_begin(first_key);
-    const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
-    first_tile = (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
+    first_tile = first_tile_of(first_key);
     last_tile = end_of_keys(first_key + KEY_TILE);
+  }
+
+  __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem) const {
+    const int tile = LAST_KEYS_FIRST ? tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE) - 1 - schedule.tile : schedule.tile;
+    return tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, tile);
   }
 
   // With BIAS_GRADIENT batch entries that share a bias follow each other, so that they find it, and the sums of its gradient, in L2.
@@ -49,17 +53,19 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE> struct KeyBlock {
 
   // Query tiles from here on see none of the keys up to `end`.
   __device__ __forceinline__ int end_of_keys(int end) const { return ceil_div(visible.query_end(min(end, visible.keys) - 1), QUERY_TILE); }
-  // Of the block's query tiles the block before it has those up to here too: all of them, but for windows.
-  __device__ __forceinline__ int end_of_previous() const { return first_key == 0 ? 0 : OPTIONS & WINDOW ? end_of_keys(first_key) : last_tile; }
-  // And up to here the block after it has none of them.
-  __device__ __forceinline__ int end_of_last() const {
-    const int next = first_key + KEY_TILE;
-    return next < visible.keys ? min(visible.query_begin(next) / QUERY_TILE, last_tile) : last_tile;
+  // Query tiles up to here do not see the key, nor those after it.
+  __device__ __forceinline__ int first_tile_of(int key) const {
+    const int first_query = visible.query_begin(key);
+    const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
+    return (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
   }
-  // The tiles in the order of a walk, `step` from first_tile to last_tile - 1.
-  template <bool DESCENDING> __device__ __forceinline__ int tile_at(int step) const { return DESCENDING ? first_tile + last_tile - 1 - step : step; }
+  // Of the block's query tiles the block of the next keys has those from here on.
+  __device__ __forceinline__ int begin_of_next() const {
+    const int next = first_key + KEY_TILE;
+    return next < visible.keys ? min(first_tile_of(next), last_tile) : last_tile;
+  }
 
-  // The same for a walk that begins with tile `begin`, if that is one of them, and goes on after the last tile with the first.
+  // The tile at a step, from first_tile to last_tile - 1, of a walk that begins with tile `begin`, if that is one of them, and goes on after the last tile with the first.
   static constexpr bool WRAPS = !(OPTIONS & (WINDOW | PACKED));   // others are not asked for such walks
   __device__ __forceinline__ int tile_from(u32 begin, int step) const {
     const u32 tiles = last_tile - first_tile, before = begin - first_tile;

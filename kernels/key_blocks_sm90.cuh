@@ -36,7 +36,7 @@ template <int PRECISION, int KEY_TILE, typename Tiles, typename Block> __device_
       slot.block.set(problem, index);
       keep_memory_here();   // few registers
       const Block& block = slot.block;
-      slot.end_of_last = block.end_of_last();
+      slot.end_of_last = block.begin_of_next();
       keep_memory_here();
       set_gradient_rows<PRECISION>(problem, block, slot.rows);
       keep_memory_here();   // few registers

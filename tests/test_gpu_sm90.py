@@ -677,6 +677,23 @@ SHORT_CALLS = {  # queries, keys, options
 }
 
 
+IN_ORDER = SHORT_CALLS | {
+    "windows": (300, 350, {"window": (70, 20)}),
+    "keys that are left behind": (350, 300, {"window": (60, None)}),
+    "rows and keys that take no part": (300, 350, {"causal": True, "offset": 0, "q_lengths": [100, 1], "kv_lengths": [350, 200]}),
+}
+
+
+@pytest.mark.parametrize("shape", IN_ORDER)
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
+    """The block of the next keys comes first where it sees the same queries; where it sees none, nobody waits for it."""
+    queries, keys, options = IN_ORDER[shape]
+    q, k, v = arrays.normal(2, 3, queries, dims[0]), arrays.normal(2, 3, keys, dims[0]), arrays.normal(2, 3, keys, dims[1])
+    check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, deterministic=True, **options)
+    assert all(plan.in_order and not plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
+
 class TestDqMadeByKeyBlocks:
     """Of short calls, without a launch that turns sums into dQ."""
 

@@ -247,12 +247,12 @@ def last_first(problem):
     return problem.right is not None and problem.left is None
 
 
-def sweep(problem, head_bytes, places, in_order=False):
+def sweep(problem, head_bytes, places, in_order=False, makes_dq=False):
     """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
     uneven = last_first(problem)
-    if not (uneven or in_order):
+    if not (uneven or in_order or makes_dq):
         return 1
-    least = tiles.HEADS_IN_ORDER if uneven and in_order else 1
+    least = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1
     return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes))))
 
 
@@ -713,7 +713,7 @@ class BackwardPlan:
         even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
         room = tiles.EVEN_HEADS_ROOM if self.makes_dq and not last_first(problem) else 1
-        sweep_heads = sweep(problem, room * head_bytes * together, places // together, self.takes_turns)
+        sweep_heads = sweep(problem, room * head_bytes * together, places // together, self.in_order, self.makes_dq)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:

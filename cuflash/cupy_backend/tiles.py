@@ -387,13 +387,12 @@ IN_PLACE_WORK = 2**40
 # Bytes of a head's queries, output gradients and sums of dQ beyond which key blocks walk together, where all queries see all keys (begin_walk): these are then
 # far more than L2 holds. By trials on an H200, 2^18 to 2^20 steps; causal calls were slower with it.
 WALK_TOGETHER_BYTES = 2**28
-# Heads that are swept together at least where uneven key blocks of a head follow each other in order, tile by tile: little of each is in use at a time.
-HEADS_IN_ORDER = 16
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
 # 512 to 4,096 keys.
 MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
-# Where all key blocks have as much to do, fewer heads are then swept together: each counts as so many. By the same trials.
-EVEN_HEADS_ROOM = 2
+# So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each counts
+# as so many. By the same trials.
+HEADS_MAKE_DQ, EVEN_HEADS_ROOM = 16, 2
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 128, 2, 2),
     (128, 128): BackwardSm90Tile(64, 64, 2, 2),
