@@ -390,8 +390,8 @@ WALK_TOGETHER_BYTES = 2**28
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
 # 512 to 4,096 keys.
 MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
-# So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each counts
-# as so many. By the same trials.
+# So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each
+# counts as so many. By the same trials.
 HEADS_MAKE_DQ, EVEN_HEADS_ROOM = 16, 2
 BACKWARD_SM90 = {
     (64, 64): BackwardSm90Tile(128, 128, 2, 2),
