@@ -147,6 +147,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     };
     using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
     BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
+    // Of 64 columns: dPᵀ is summed up from -D on, so that D takes no registers while dSᵀ is made, and in them is where a thread stores its dSᵀ, worked out once.
+    constexpr bool FROM_D = AT_ONCE == 64 && QUERY_TILE == 64 && !MAKES_DQ && !(OPTIONS & (SOFTCAP | BIAS | DROPOUT));
+    u32 ds_places[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      ds_places[n] = (key_row + lane / 4) * 128 + ((n ^ lane / 4) << 4) + lane % 4 * 4;
+      if constexpr (FROM_D) keep_here(ds_places[n]);
+    }
     // From Sᵀ of a part of a tile to dV and dK, which of a whole tile is still under way at the end. After the last part all threads have written theirs of dSᵀ, but
     // not waited for those of the others.
     auto gradients_of_keys = [&](const Place& place, const Score<PRECISION, OPTIONS>& score, int tile, int part) {
@@ -176,8 +184,18 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
             if constexpr (CLEARS) asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0));   // the scores of what takes no part may be NaN, which times 0 would come back
           }
       }
-      float dp[AT_ONCE / 8][4];
-      multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);   // dPᵀ = V dOᵀ
+      float dp[AT_ONCE / 8][4];   // dPᵀ = V dOᵀ, or FROM_D: D - dPᵀ
+      if constexpr (FROM_D) {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE / 8; ++n) {
+          load_shared(dp[n][0], dp[n][1], d_at + n * 32);
+          dp[n][2] = dp[n][0], dp[n][3] = dp[n][1];
+        }
+        pin(dp);
+        subtract_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at);
+      } else {
+        multiply_rows<PRECISION, AT_ONCE, VALUE_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(dp, base + Tiles::V + warpgroup * 64 * 128, do_at + rows_before);
+      }
       pin(p[0]);
 
       if constexpr (Score<PRECISION, OPTIONS>::CHANGES && !(OPTIONS & SOFTCAP)) score.template apply<true, 1, AT_ONCE>(problem, p, lane_key, lane_query, nullptr);
@@ -217,8 +235,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       int swizzle = (lane / 4 ^ before % 64 / 8) << 4;
       if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) keep_here(swizzle);
       ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+      if constexpr (!FROM_D) {
 #pragma unroll
-      for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
+        for (int n = 0; n < AT_ONCE / 8; ++n) load_shared(d[n][0], d[n][1], d_at + before * 4 + n * 32);
+      }
       constexpr bool ADDS_TO_BIAS = (OPTIONS & BIAS_GRADIENT) != 0 && !(OPTIONS & BIAS_UNSHARED);
       typename BiasGradient::Tile bias_tile;
       if constexpr (ADDS_TO_BIAS) bias_tile = {problem, bias_gradient, block.sequence, lane_key, lane_query};
@@ -228,7 +248,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         for (int half = 0; half < 2; ++half) {
           float x[2];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) x[i] = gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
+          for (int i = 0; i < 2; ++i) x[i] = FROM_D ? p[0][n][2 * half + i] * -dp[n][2 * half + i] : gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
           if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
           if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
@@ -236,8 +256,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           }
           const u32 word = ds[n / 2][n % 2 * 2 + half] = pack<PRECISION>(x[0], x[1]);
           const int row = key_row + half * 8 + lane / 4;
-          // The same place made in two ways: each takes registers that the other instances have not got.
-          store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (OPTIONS & BIAS_GRADIENT ? n % 8 << 4 ^ swizzle : (n % 8 ^ before % 64 / 8 ^ row & 7) << 4) + lane % 4 * 4, word);
+          // The same place made in three ways: each takes registers that the other instances have not got.
+          if constexpr (FROM_D) store_shared(uniform(ds_at) + ds_places[n] + half * 1024, word);
+          else store_shared(ds_at + n / 8 * Tiles::KEY_BOX + row * 128 + (OPTIONS & BIAS_GRADIENT ? n % 8 << 4 ^ swizzle : (n % 8 ^ before % 64 / 8 ^ row & 7) << 4) + lane % 4 * 4, word);
         }
       if constexpr (AT_ONCE > 64) multiply_p_do(1);
       multiply_words<PRECISION, HEAD_DIM, Tiles::QUERY_BOX>(dk, ds, q_at + rows_before);   // dK += dSᵀ Q
@@ -348,7 +369,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       barrier_wait(base + Tiles::V_FULL, parity);
     }
     float* dq_target = nullptr;   // of the tile before
-    int dq_head = 0, dq_tile = 0;
+    int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(block, first_tile, base));
 
 #pragma unroll 1
     for (int head = 0; head < problem.heads_per_block; ++head) {
@@ -360,7 +381,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 
 #pragma unroll 1
       for (int step = first_tile * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
-        const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : tile_of_walk<Tiles, IN_ORDER>(block, step / Tiles::PARTS, base), part = step % Tiles::PARTS;
+        const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : next_tile, part = step % Tiles::PARTS;
         // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
         // takes Sᵀ of the tile after it from whatever lies there; neither is used.
         const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > first_tile || head > 0;   // the former takes fewer registers
@@ -390,6 +411,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         }
         dq_target = MAKES_DQ ? problem.dq_sum + (i64)(slot->sum_row + head * problem.padded_queries + tile * QUERY_TILE) * HEAD_DIM : dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
         dq_head = head, dq_tile = tile;
+        if (!MAKES_DQ) next_tile = tile + 1 < last_tile ? tile + 1 : first_tile;
         wgmma_wait<0>();
         pin(p[0]);
       }

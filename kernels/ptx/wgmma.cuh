@@ -31,7 +31,7 @@ template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i]) :: "memory");
 }
 
-// multiply_shared: A and B from shared memory, both along k (multiply_shared_across_k: both across). multiply_registers: A from registers, B across k (multiply_registers_along_k: along). ADD: to D as it is, else to zero.
+// multiply_shared: A and B from shared memory, both along k (multiply_shared_across_k: both across). multiply_registers: A from registers, B across k (multiply_registers_along_k: along). ADD: to D as it is, else to zero. NEGATE: A.
 template <int PRECISION, int N> struct Wgmma;
 
 #define CUFLASH_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
@@ -71,9 +71,9 @@ template <int PRECISION, int N> struct Wgmma;
 // R0 .. R5: the numbers of the operands after those of D, which are N / 2.
 #define CUFLASH_WGMMA(PRECISION, TYPE, N, R0, R1, R2, R3, R4, R5)                                                                                              \
   template <> struct Wgmma<PRECISION, N> {                                                                                                                     \
-    template <bool ADD> static __device__ __forceinline__ void multiply_shared(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {             \
+    template <bool ADD, bool NEGATE = false> static __device__ __forceinline__ void multiply_shared(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) { \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
-                   "}, %" #R0 ", %" #R1 ", add, 1, 1, 0, 0;\n}" : CUFLASH_D_##N : "l"(a), "l"(b), "n"((int)ADD));                                              \
+                   "}, %" #R0 ", %" #R1 ", add, %" #R3 ", 1, 0, 0;\n}" : CUFLASH_D_##N : "l"(a), "l"(b), "n"((int)ADD), "n"(NEGATE ? -1 : 1));                 \
     }                                                                                                                                                          \
     template <bool ADD> static __device__ __forceinline__ void multiply_shared_across_k(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {    \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #R2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" CUFLASH_NAMES_##N   \
@@ -99,19 +99,25 @@ CUFLASH_WGMMA_WIDTH(128, 64, 65, 66, 67, 68, 69)
 CUFLASH_WGMMA_WIDTH(192, 96, 97, 98, 99, 100, 101)
 CUFLASH_WGMMA_WIDTH(256, 128, 129, 130, 131, 132, 133)
 
-// D = A Bᵀ, or D += A Bᵀ, over DEPTH columns, both from shared memory, rows along k; 64 columns further lie a box on. Between a fence and a commit.
-template <bool ADD, int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void issue_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+// D = A Bᵀ, or D += A Bᵀ, or of -A, over DEPTH columns, both from shared memory, rows along k; 64 columns further lie a box on. Between a fence and a commit.
+template <bool ADD, int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX, bool NEGATE = false> __device__ __forceinline__ void issue_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
   const unsigned long long a = descriptor_along_k(a_at), b = descriptor_along_k(b_at);
 #pragma unroll
   for (int step = 0; step < DEPTH / 16; ++step) {
     const int a_step = step / 4 * A_BOX + step % 4 * 32, b_step = step / 4 * B_BOX + step % 4 * 32;
-    if (!ADD && step == 0) Wgmma<PRECISION, N>::template multiply_shared<false>(d, a, b);
-    else Wgmma<PRECISION, N>::template multiply_shared<true>(d, a + (a_step >> 4), b + (b_step >> 4));
+    if (!ADD && step == 0) Wgmma<PRECISION, N>::template multiply_shared<false, NEGATE>(d, a, b);
+    else Wgmma<PRECISION, N>::template multiply_shared<true, NEGATE>(d, a + (a_step >> 4), b + (b_step >> 4));
   }
 }
 template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void multiply_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
   wgmma_fence();
   issue_rows<false, PRECISION, N, DEPTH, A_BOX, B_BOX>(d, a_at, b_at);
+  wgmma_commit();
+}
+// D -= A Bᵀ.
+template <int PRECISION, int N, int DEPTH, int A_BOX, int B_BOX> __device__ __forceinline__ void subtract_rows(float (&d)[N / 8][4], u32 a_at, u32 b_at) {
+  wgmma_fence();
+  issue_rows<true, PRECISION, N, DEPTH, A_BOX, B_BOX, true>(d, a_at, b_at);
   wgmma_commit();
 }
 // D = Aᵀ B, or D += Aᵀ B, over DEPTH rows, both from shared memory, their rows k. Between a fence and a commit.

@@ -82,7 +82,7 @@ inline u32 place_in_operand(u64 descriptor, int row, int k, bool across) {
   return at ^ (at >> 7 & 7) << 4;
 }
 
-// The 16 rows of a warp, at once. d N / 2, a 4 (mode & 4: in registers) or 1, b, add; count: N; mode: A across k | B across k << 1.
+// The 16 rows of a warp, at once. d N / 2, a 4 (mode & 4: in registers) or 1, b, add; count: N; mode: A across k | B across k << 1 | -A << 3.
 inline void wgmma(Warp& warp, const Instruction& code, u32) {
   const int columns = code.count, results = columns / 2;
   const bool registers = code.mode & 4;
@@ -117,7 +117,7 @@ inline void wgmma(Warp& warp, const Instruction& code, u32) {
   for (int n = 0; n < columns; ++n) for (int k = 0; k < 16; ++k) b[k][n] = element(b_descriptor, n, k, code.mode & 2, -1, n);
   for (int row = 0; row < 16; ++row) {
     double sums[256] = {};
-    for (int k = 0; k < 16; ++k) for (int n = 0; n < columns; ++n) sums[n] += (double)a[row][k] * b[k][n];
+    for (int k = 0; k < 16; ++k) for (int n = 0; n < columns; ++n) sums[n] += (code.mode & 8 ? -(double)a[row][k] : a[row][k]) * b[k][n];
     for (int n = 0; n < columns; ++n) {
       float& d = warp.operand<float>(code, n / 8 * 4 + row / 8 * 2 + n % 2)[row % 8 * 4 + n % 8 / 2];
       d = (float)(add ? sums[n] + d : sums[n]);

@@ -316,8 +316,10 @@ class Parser {
       const string& shape = s.parts[4];   // m64nNk16
       code.count = std::stoi(shape.substr(shape.find('n') + 1)), code.written = code.count / 2, code.run = wgmma;
       take_list(s.arguments[0], 4), take_list(s.arguments[1], in_registers ? 4 : 8), take(s.arguments[2], 8), take(s.arguments[3], 4);
-      if (s.arguments[4] != "1" || s.arguments[5] != "1" || list_of(s.arguments[0]).size() != code.written) fail("not known here in this form");
+      const bool negates = s.arguments[4] == "-1";
+      if ((!negates && s.arguments[4] != "1") || s.arguments[5] != "1" || list_of(s.arguments[0]).size() != code.written) fail("not known here in this form");
       code.mode = in_registers ? 4 | std::stoi(s.arguments[6]) << 1 : std::stoi(s.arguments[6]) | std::stoi(s.arguments[7]) << 1;
+      if (negates) code.mode |= 8;
     } else if (s.op == "wgmma") {
       code.written = 0;
       if (s.has("wait_group")) code.number = std::stoi(s.arguments[0]);
