@@ -9,22 +9,23 @@
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
-// IN_ORDER two more add what the computing warpgroups leave of dQ, when it is the block's turn.
+// IN_ORDER two more see to it that dQ is added when it is the block's turn.
 //
 // MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
-// key blocks one after the other (key_blocks_sm90.cuh). The first key block that sees a query tile stores its part of the sum, which nobody has to clear; the last
-// one keeps its part, waits for the sum of the others, which is then in L2, and writes dQ.
+// key blocks one after the other (key_blocks_sm90.cuh). The first key block that comes to a query tile stores its part of the sum, which nobody has to clear; the last
+// one keeps its part, waits for the sum of the others, which is then in L2, and writes dQ. Two threads of warpgroup 2 find out which ones these are.
 //
 // The scores of AT_ONCE queries are in registers: of a whole tile, or where options need registers, of one of its parts after the other.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
-//   K | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
+//   K, MAKES_DQ of two key blocks | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
 //   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins | GradientRows, or MAKES_DQ: barriers, two KeyBlockSlots
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
-// -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: slabs empty, dQ into them, and full. MAKES_DQ: without slabs, turn -> added; where dQ is written, turn -> place for
-// dSᵀ empty; and around a key block: slot full -> .. -> keys and values empty -> place for dSᵀ empty (dK and dV go through it) -> slot empty.
+// -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: of 128 queries, slabs empty, dQ into them, and full; of 64, what a warp added before has come about, turn.
+// MAKES_DQ: turn -> added; where dQ is made, turn -> sum loaded -> place for dSᵀ empty; and around a key block: slot full -> .. -> V empty -> K empty -> turn, of the
+// last tile -> place for dSᵀ empty (dK and dV go through it) -> slot empty.
 // In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
 #include "bias_gradient_sm90.cuh"
@@ -36,18 +37,22 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
   static constexpr int DS_STAGES = 3;   // with two the warpgroups would walk in step
-  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers; and where each tile has to wait for the
-  // key block before, that is not done by warps that compute.
-  static constexpr bool SLABS = (IN_ORDER && !MAKES_DQ) || QUERY_TILE == 64;
-  static constexpr int K = 0, V = Q_BOXES * KEY_BOX, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
-  static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
+  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers, unless they store or keep many of the sums
+  // (MAKES_DQ); and in order, of 128 queries each tile would have the warps that compute wait for the key block before.
+  static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
+  static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
+  static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
+  static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8 * K_STAGES;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
   static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS;
   static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8;
   // MAKES_DQ: more barriers, and what is known of two key blocks.
-  static constexpr int KEYS_EMPTY = ROWS, TURN = KEYS_EMPTY + 8, ADDED = TURN + 16 * WARPGROUPS, SLOT_FULL = ADDED + 16 * WARPGROUPS, SLOT_EMPTY = SLOT_FULL + 16, WANTED = SLOT_EMPTY + 16;
-  static constexpr int SLOTS = WANTED + 8, SHARED_BYTES = MAKES_DQ ? SLOTS + 2 * SLOT_BYTES : ROWS + sizeof(GradientRows);
+  static constexpr int K_EMPTY = ROWS, V_EMPTY = K_EMPTY + 8 * K_STAGES, TURN = MAKES_DQ ? V_EMPTY + 8 : ROWS + sizeof(GradientRows), ADDED = TURN + 16 * WARPGROUPS;
+  static constexpr int SLOT_FULL = ADDED + 16 * WARPGROUPS, SLOT_EMPTY = SLOT_FULL + 16, WANTED = SLOT_EMPTY + 16, ROLES = WANTED + 8, SLOTS = ROLES + 8 * WARPGROUPS;
+  // Where warps send their slabs in order, more barriers.
+  static constexpr bool WARPS_IN_ORDER = IN_ORDER && !MAKES_DQ && QUERY_TILE == 64;
+  static constexpr int TOLD = ADDED + 16, SHARED_BYTES = MAKES_DQ ? SLOTS + 2 * SLOT_BYTES : WARPS_IN_ORDER ? TOLD + 16 : ROWS + sizeof(GradientRows);
   // dQ of a tile: its queries are halved among the warpgroups, or if there are only 64, its columns.
   static constexpr int DQ_COLUMNS = QUERY_TILE == 128 ? HEAD_DIM : HEAD_DIM / 2;
   static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
@@ -67,8 +72,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
     begin_walk<Tiles>(problem, base);
+    if constexpr (Tiles::WARPS_IN_ORDER) {
+      init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 2);
+      barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
+    }
     if constexpr (MAKES_DQ) {
-      barrier_init(base + Tiles::KEYS_EMPTY, 8);
+      barrier_init(base + Tiles::K_FULL + 8, 1);
+      barrier_init(base + Tiles::K_EMPTY, 8), barrier_init(base + Tiles::K_EMPTY + 8, 8);
+      barrier_init(base + Tiles::V_EMPTY, 8);
       init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 4, 2 * Tiles::WARPGROUPS);
       init_ring(base, Tiles::SLOT_FULL, 1, Tiles::SLOT_EMPTY, 3 + 8, 2);
       barrier_init(base + Tiles::WANTED, 1);
@@ -90,13 +101,42 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           barrier_arrive(base + Tiles::WANTED);
         });
       } else {
-        TurnTaker<Tiles, Block, HEAD_DIM, QUERY_TILE> turns;
+        TurnTaker<Tiles, Block, QUERY_TILE> turns;
         follow_key_blocks<Block, Tiles>(shared, base, [&](const Slot& slot) { turns.take(problem, slot, warp - 1, base); });
       }
     } else {
       if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
       if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
-      if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
+      if constexpr (Tiles::WARPS_IN_ORDER) {
+        // One thread gives the warps their turns, another one tells that all have added. It begins with a phase in which nobody adds, so that turns are given no
+        // sooner than two tiles after the last one that was told of, and nobody misses a phase.
+        if (warp == 1) {
+          Ring<2> ring, told_ring;
+          bool first = true;
+          take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto wait, auto) {
+            wait();
+            if (!first) told_ring.wait_full(base + Tiles::TOLD), told_ring.advance();
+            first = false;
+            barrier_arrive(base + Tiles::TURN + 8 * ring.stage);
+            ring.advance();
+          });
+        }
+        if (warp == 2) {
+          Ring<2> ring;
+          auto wait_for_all = [&] {
+            ring.wait_full(base + Tiles::ADDED);
+            barrier_arrive(base + Tiles::TOLD + 8 * ring.stage);
+            ring.advance();
+          };
+          bool first = true;
+          take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto, auto done) {
+            if (first) wait_for_all();
+            first = false;
+            wait_for_all();
+            done();
+          });
+        }
+      } else if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
         constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
         const int part = warp - 1;
         Ring<1> slab_ring;
@@ -136,18 +176,17 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   // All of one key block; `slot`: where it is from, or null.
   auto make_gradients = [&](const Block& block, const Slot* slot) {
     const int first_tile = MAKES_DQ ? uniform(block.first_tile) : block.first_tile, last_tile = MAKES_DQ ? uniform(block.last_tile) : block.last_tile;
-    const int end_of_last = MAKES_DQ ? uniform(slot->end_of_last) : 0;   // of the query tiles of which this is the last key block
-    const bool is_first = MAKES_DQ && uniform(block.first_key) == 0;
-    const u32 parity = MAKES_DQ ? slot->count % 2 : 0;
+    const u32 count = MAKES_DQ ? uniform(slot->count) : 0, k_stage = count % 2, keys = Tiles::K + k_stage * Tiles::K_BYTES;   // of key blocks before this one
     const Exponential<PRECISION> exponential(problem);
     float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
 
-    auto multiply_k_q = [&](int part) {   // Sᵀ = K Qᵀ
-      multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + Tiles::K + warpgroup * 64 * 128, uniform(base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES) + part * AT_ONCE * 128);
+    auto multiply_k_q = [&](int part, bool exists = true) {   // Sᵀ = K Qᵀ, or of keys alone
+      multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + keys + warpgroup * 64 * 128, uniform(base + (exists ? Tiles::Q + q_ring.stage * Tiles::Q_BYTES : keys)) + part * AT_ONCE * 128);
     };
     using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
     BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
-    // Of 64 columns: dPᵀ is summed up from -D on, so that D takes no registers while dSᵀ is made, and in them is where a thread stores its dSᵀ, worked out once.
+    // Where registers allow, at head dim 128: accumulators begin with D and -V dOᵀ is added, so that D has no registers of its own while dSᵀ is made. In these are
+    // the places where a thread stores its dSᵀ, worked out once.
     constexpr bool FROM_D = AT_ONCE == 64 && QUERY_TILE == 64 && !MAKES_DQ && !(OPTIONS & (SOFTCAP | BIAS | DROPOUT));
     u32 ds_places[8];
 #pragma unroll
@@ -184,7 +223,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
             if constexpr (CLEARS) asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0));   // the scores of what takes no part may be NaN, which times 0 would come back
           }
       }
-      float dp[AT_ONCE / 8][4];   // dPᵀ = V dOᵀ, or FROM_D: D - dPᵀ
+      float dp[AT_ONCE / 8][4];   // dPᵀ = V dOᵀ, or FROM_D, D - dPᵀ
       if constexpr (FROM_D) {
 #pragma unroll
         for (int n = 0; n < AT_ONCE / 8; ++n) {
@@ -248,7 +287,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         for (int half = 0; half < 2; ++half) {
           float x[2];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) x[i] = FROM_D ? p[0][n][2 * half + i] * -dp[n][2 * half + i] : gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
+          for (int i = 0; i < 2; ++i) x[i] = FROM_D ? gradient_of_score_from_d(p[0][n][2 * half + i], dp[n][2 * half + i]) : gradient_of_score<OPTIONS>(problem, p[0][n][2 * half + i], dp[n][2 * half + i], __uint_as_float(d[n][i]));
           if constexpr (ADDS_TO_BIAS) bias_gradient.take(problem, bias_tile, n, half, x);
           if constexpr ((OPTIONS & SOFTCAP) != 0) {
 #pragma unroll
@@ -283,22 +322,32 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     auto multiply_ds_k = [&](QueryGradient& dq, bool exists) {
       if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
       const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
-      const u32 columns_at = base + Tiles::K + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
+      const u32 columns_at = base + keys + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
       multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
     };
-    // MAKES_DQ, of the last key block that sees a tile: what the others have added to it, and dQ.
-    auto load_sum = [&](QueryGradient& sum, const float* target) {
-      turn_ring.wait_full(base + Tiles::TURN + 16 * warpgroup);
-#pragma unroll
-      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
-        *(float4*)sum[n] = is_first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg((const float4*)(target + threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4)) + n * 32 + lane);
-      arrive(Tiles::ADDED + 16 * warpgroup + 8 * turn_ring.stage);
-      turn_ring.advance();
-    };
-    auto make_dq = [&](QueryGradient& dq, const QueryGradient& sum, int head, int tile) {
+    auto dq_is_made = [&](QueryGradient& dq) {
       pin(dq);
       arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
       dq_ring.advance();
+    };
+    // MAKES_DQ: whether the block is the first one at the sum of the tile before, or the last one (AtSum).
+    auto wait_for_turn = [&] {
+      turn_ring.wait_full(base + Tiles::TURN + 16 * warpgroup);
+      return uniform(load_shared(base + Tiles::ROLES + 8 * warpgroup + 4 * turn_ring.stage));
+    };
+    auto end_turn = [&] {
+      __syncwarp();
+      arrive(Tiles::ADDED + 16 * warpgroup + 8 * turn_ring.stage);
+      turn_ring.advance();
+    };
+    // Of the last one: what the others have added, and dQ.
+    auto load_sum = [&](QueryGradient& sum, const float* target, u32 role) {
+#pragma unroll
+      for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
+        *(float4*)sum[n] = role & FIRST_AT_SUM ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg((const float4*)(target + threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4)) + n * 32 + lane);
+      end_turn();
+    };
+    auto make_dq = [&](QueryGradient& dq, const QueryGradient& sum, int head, int tile) {
 #pragma unroll
       for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n)
 #pragma unroll
@@ -309,15 +358,19 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       store_output_in_lines<PRECISION, Tiles::DQ_COLUMNS>(dq, (Element*)slot->dq + head * problem.dq.head_stride + row * problem.dq.row_stride + column, problem.dq.row_stride, problem.queries - row, problem.dq.columns - column, lane,
                                                           base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + piece * 2048);
     };
-    // In pieces, a warp's registers in their order, by way of its slab or at once. In order, another thread adds what is in the slabs.
-    auto add_dq = [&](QueryGradient& dq, float* target) {
-      pin(dq);
-      arrive(Tiles::DS_EMPTY + 8 * dq_ring.stage);
-      dq_ring.advance();
+    // What was added last has come about.
+    auto tell_of_added = [&] {
+      wait_until_added();
+      barrier_arrive(base + Tiles::ADDED + 8 * turn_ring.stage);
+    };
+    // In pieces, a warp's registers in their order, by way of its slab or at once. Where warps do not take turns themselves, another thread adds what is in the slabs.
+    auto add_dq = [&](QueryGradient& dq, float* target, u32 role = 0) {
       target += threadIdx.x / 32 * (Tiles::SLAB_BYTES / 4);
       if constexpr (Tiles::SLABS) {
+        constexpr bool SENDS = !IN_ORDER || Tiles::WARPS_IN_ORDER;
         const u32 slab = base + Tiles::SLAB + threadIdx.x / 32 * Tiles::SLAB_BYTES;
-        if (IN_ORDER) slab_ring.wait_empty(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
+        if (!SENDS) slab_ring.wait_empty(base + Tiles::SLAB_EMPTY + 8 * warpgroup);
+        else if (lane == 0 && IN_ORDER) tell_of_added();
         else if (lane == 0) wait_until_read();   // what was in it before
         __syncwarp();
 #pragma unroll
@@ -325,48 +378,44 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           store_shared_16_bytes(slab + (n * 32 + lane) * 16, make_uint4(__float_as_uint(dq[n][0]), __float_as_uint(dq[n][1]), __float_as_uint(dq[n][2]), __float_as_uint(dq[n][3])));
         fence_for_async_proxy();
         __syncwarp();
-        if (IN_ORDER) {
+        if (!SENDS) {
           arrive(Tiles::SLAB_FULL + 8 * warpgroup);
           slab_ring.advance();
         } else if (lane == 0) {
+          if (IN_ORDER) turn_ring.wait_full(base + Tiles::TURN);
           reduce_add_bytes(target, slab, Tiles::SLAB_BYTES);
         }
+        if (Tiles::WARPS_IN_ORDER) turn_ring.advance();
+      } else if (role & FIRST_AT_SUM) {   // nobody has cleared the place
+#pragma unroll
+        for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) *(float4*)(target + (n * 32 + lane) * 4) = *(const float4*)dq[n];
       } else {
-        if constexpr (MAKES_DQ) turn_ring.wait_full(base + Tiles::TURN + 16 * warpgroup);
-        if (is_first) {   // nobody has cleared the place
 #pragma unroll
-          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) *(float4*)(target + (n * 32 + lane) * 4) = *(const float4*)dq[n];
-        } else {
-#pragma unroll
-          for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
-        }
-        if constexpr (MAKES_DQ) {
-          __syncwarp();
-          arrive(Tiles::ADDED + 16 * warpgroup + 8 * turn_ring.stage);
-          turn_ring.advance();
-        }
+        for (int n = 0; n < Tiles::DQ_COLUMNS / 8; ++n) reduce_add(target + (n * 32 + lane) * 4, dq[n]);
       }
+      if constexpr (MAKES_DQ) end_turn();
     };
 
     if (first_tile < last_tile) {
-      barrier_wait(base + Tiles::K_FULL, parity);
+      barrier_wait(base + Tiles::K_FULL + 8 * k_stage, count / 2 % 2);
       if constexpr (CLEARS) {
-        barrier_wait(base + Tiles::V_FULL, parity);
-        const int keys = block.sequence.seen() - block.first_key;
-        if (keys < Tiles::KEY_TILE) {
-          clear_rows(base + Tiles::K, Tiles::Q_BOXES, Tiles::KEY_BOX, max(keys, 0));
-          clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(keys, 0));
+        barrier_wait(base + Tiles::V_FULL, count % 2);
+        const int seen = block.sequence.seen() - block.first_key;
+        if (seen < Tiles::KEY_TILE) {
+          clear_rows(base + keys, Tiles::Q_BOXES, Tiles::KEY_BOX, max(seen, 0));
+          clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(seen, 0));
           cleared();
         }
       }
       q_ring.wait_full(base + Tiles::Q_FULL);
       multiply_k_q(0);
-      barrier_wait(base + Tiles::V_FULL, parity);
+      barrier_wait(base + Tiles::V_FULL, count % 2);
       wgmma_wait<0>();
       pin(p[0]);
     } else if (MAKES_DQ) {   // no warp is a key block ahead of the others at these barriers
-      barrier_wait(base + Tiles::K_FULL, parity);
-      barrier_wait(base + Tiles::V_FULL, parity);
+      barrier_wait(base + Tiles::K_FULL + 8 * k_stage, count / 2 % 2);
+      barrier_wait(base + Tiles::V_FULL, count % 2);
+      arrive(Tiles::V_EMPTY);
     }
     float* dq_target = nullptr;   // of the tile before
     int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(block, first_tile, base));
@@ -400,14 +449,19 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         arrive(Tiles::Q_EMPTY + 8 * q_ring.stage);
         q_ring.advance();
         if (more) q_ring.wait_full(base + Tiles::Q_FULL);
-        multiply_k_q(0);   // it runs while dQ is added
+        if (MAKES_DQ && !more) arrive(Tiles::V_EMPTY);
+        multiply_k_q(0, !MAKES_DQ || more);   // it runs while dQ is added
         wgmma_wait<1>();
-        if (MAKES_DQ && follows && dq_tile < end_of_last) {
-          QueryGradient sum;
-          load_sum(sum, dq_target);
-          make_dq(dq, sum, dq_head, dq_tile);
-        } else if (follows) {
-          add_dq(dq, dq_target);
+        if (follows) {
+          dq_is_made(dq);
+          const u32 role = MAKES_DQ ? wait_for_turn() : 0;
+          if (role & LAST_AT_SUM) {
+            QueryGradient sum;
+            load_sum(sum, dq_target, role);
+            make_dq(dq, sum, dq_head, dq_tile);
+          } else {
+            add_dq(dq, dq_target, role);
+          }
         }
         dq_target = MAKES_DQ ? problem.dq_sum + (i64)(slot->sum_row + head * problem.padded_queries + tile * QUERY_TILE) * HEAD_DIM : dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
         dq_head = head, dq_tile = tile;
@@ -417,32 +471,46 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
       if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.end_head(block.sequence, block.first_key + key_row + lane / 4);
     }
+    auto store_key_gradient_of = [&](auto& gradient, const Array& array, void* GradientRows::*to, float factor) {
+      int thread = threadIdx.x;
+      if constexpr (MAKES_DQ) keep_here(thread);   // what follows from it is not kept from one key block to the next, nor for the other gradient
+      const int lane = thread % 32, warp_row = thread / 32 * 16;   // not by the warpgroup, which would be kept till here
+      const GradientRows& rows = MAKES_DQ ? slot->rows : *(const GradientRows*)(shared + Tiles::ROWS);
+      // Where the warp's values were: all threads are done with them since dSᵀ of the last tile was full. MAKES_DQ: in the next dSᵀ, as other values are on their way.
+      constexpr bool FEW_REGISTERS = (OPTIONS & BIAS) && !(OPTIONS & BIAS_GRADIENT) && (OPTIONS & (WINDOW | PACKED | LENGTHS));
+      const u32 scratch = FEW_REGISTERS ? 0 : base + (MAKES_DQ ? Tiles::DS + ds_ring.stage * Tiles::DS_BYTES : Tiles::V) + warp_row * 128;
+      store_key_gradient<PRECISION, OPTIONS, MAKES_DQ>(problem, rows, array, rows.*to, gradient, factor, warp_row + lane / 4, lane, scratch);
+    };
+    auto store_dk = [&] {
+      if constexpr (MAKES_DQ) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
+      else barrier_wait(base + Tiles::ROWS_FOUND, 0);
+      store_key_gradient_of(dk, problem.dk, &GradientRows::dk, problem.scale);
+    };
+    auto store_dv = [&] { store_key_gradient_of(dv, problem.dv, &GradientRows::dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f); };
     if (first_tile < last_tile) {
       QueryGradient dq;
       multiply_ds_k(dq, true);
-      if (MAKES_DQ && first_tile < end_of_last) {
-        QueryGradient sum;
-        load_sum(sum, dq_target);
-        wgmma_wait<0>();
-        make_dq(dq, sum, dq_head, dq_tile);
-      } else {
-        wgmma_wait<0>();
-        add_dq(dq, dq_target);
+      wgmma_wait<0>();
+      dq_is_made(dq);
+      if constexpr (MAKES_DQ) {
+        arrive(Tiles::K_EMPTY + 8 * k_stage);
+        const u32 role = wait_for_turn();
+        const bool last = role & LAST_AT_SUM;
+        if (!last) add_dq(dq, dq_target, role);
+        store_dk();
+        QueryGradient sum = {};
+        if (last) load_sum(sum, dq_target, role);   // it comes while dV is written
+        store_dv();
+        if (last) make_dq(dq, sum, dq_head, dq_tile);
+        return;
       }
+      add_dq(dq, dq_target);
+      if (Tiles::WARPS_IN_ORDER && lane == 0) tell_of_added();
+    } else if constexpr (MAKES_DQ) {
+      arrive(Tiles::K_EMPTY + 8 * k_stage);
     }
-    if constexpr (MAKES_DQ) arrive(Tiles::KEYS_EMPTY);
-
-    int thread = threadIdx.x;
-    if constexpr (MAKES_DQ) keep_here(thread);   // what follows from it is not kept from one key block to the next
-    const int lane = thread % 32, warp_row = thread / 32 * 16, row = warp_row + lane / 4;   // not by the warpgroup, which would be kept till here
-    if constexpr (MAKES_DQ) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
-    else barrier_wait(base + Tiles::ROWS_FOUND, 0);
-    const GradientRows& rows = MAKES_DQ ? slot->rows : *(const GradientRows*)(shared + Tiles::ROWS);
-    // Where the warp's values were: all threads are done with them since dSᵀ of the last tile was full. MAKES_DQ: in the next dSᵀ, as other values are on their way.
-    constexpr bool FEW_REGISTERS = (OPTIONS & BIAS) && !(OPTIONS & BIAS_GRADIENT) && (OPTIONS & (WINDOW | PACKED | LENGTHS));
-    const u32 scratch = FEW_REGISTERS ? 0 : base + (MAKES_DQ ? Tiles::DS + ds_ring.stage * Tiles::DS_BYTES : Tiles::V) + warp_row * 128;
-    store_key_gradient<PRECISION, OPTIONS, MAKES_DQ>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane, scratch);
-    store_key_gradient<PRECISION, OPTIONS, MAKES_DQ>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane, scratch);
+    store_dk();
+    store_dv();
   };
 
   if constexpr (MAKES_DQ) {

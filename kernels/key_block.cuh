@@ -65,6 +65,12 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = fals
     return next < visible.keys ? min(first_tile_of(next), last_tile) : last_tile;
   }
 
+  // How many key blocks have a query tile, of a call where all of them have the last ones.
+  __device__ __forceinline__ int blocks_of_tile(int tile) const {
+    const int end = (tile + 1) * QUERY_TILE;
+    return ceil_div(end > visible.queries ? visible.keys : visible.key_end(end - 1), KEY_TILE);
+  }
+
   // The tile at a step, from first_tile to last_tile - 1, of a walk that begins with tile `begin`, if that is one of them, and goes on after the last tile with the first.
   static constexpr bool WRAPS = !(OPTIONS & (WINDOW | PACKED));   // others are not asked for such walks
   __device__ __forceinline__ int tile_from(u32 begin, int step) const {

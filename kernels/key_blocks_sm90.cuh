@@ -8,7 +8,6 @@ constexpr int SLOT_BYTES = 256;
 template <typename Block> struct KeyBlockSlot {
   int last;            // there is none any more
   u32 count;           // of those before it
-  int end_of_last;     // of the query tiles of which it makes dQ
   GradientRows rows;
   void* dq;            // row 0 of the first of its query heads
   u32 sum_row;         // of dq_sum, where these begin
@@ -36,8 +35,6 @@ template <int PRECISION, int KEY_TILE, typename Tiles, typename Block> __device_
       slot.block.set(problem, index);
       keep_memory_here();   // few registers
       const Block& block = slot.block;
-      slot.end_of_last = block.begin_of_next();
-      keep_memory_here();
       set_gradient_rows<PRECISION>(problem, block, slot.rows);
       keep_memory_here();   // few registers
       slot.dq = block.place.template rows<Element>(problem.dq);
@@ -58,13 +55,17 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct KeyBlockLoader 
   PairRing ring;   // of queries, and of output gradients
 
   __device__ __forceinline__ void load(const Problem& problem, const BackwardTensorMaps& maps, KeyBlockSlot<Block>& slot, u32 base) {
-    barrier_wait(base + Tiles::KEYS_EMPTY, slot.count % 2 ^ 1);
-    if (slot.block.first_tile >= slot.block.last_tile) {   // nobody waits for them
-      barrier_arrive(base + Tiles::K_FULL);
-      barrier_arrive(base + Tiles::V_FULL);
-      return;
-    }
-    slot.k.template load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, slot.block.first_key, base + Tiles::K_FULL);
+    const bool none = slot.block.first_tile >= slot.block.last_tile;   // nobody waits for them
+    const u32 stage = slot.count % 2;
+    barrier_wait(base + Tiles::K_EMPTY + 8 * stage, slot.count / 2 % 2 ^ 1);
+    if (none) barrier_arrive(base + Tiles::K_FULL + 8 * stage);
+    else slot.k.template load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K + stage * Tiles::K_BYTES, slot.block.first_key, base + Tiles::K_FULL + 8 * stage);
+    auto load_values = [&] {   // the first queries are there by then
+      barrier_wait(base + Tiles::V_EMPTY, slot.count % 2 ^ 1);
+      if (none) barrier_arrive(base + Tiles::V_FULL);
+      else slot.v.template load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, slot.block.first_key, base + Tiles::V_FULL);
+    };
+    if (none) load_values();
     for (int head = 0; head < problem.heads_per_block; ++head) {
 #pragma unroll 1
       for (int tile = slot.block.last_tile - 1; tile >= slot.block.first_tile; --tile) {
@@ -74,64 +75,66 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct KeyBlockLoader 
         u32 full = base + Tiles::Q_FULL + 8 * ring.stage();
         slot.q.template load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + ring.stage() * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
         load_bytes(base + Tiles::LSE + ring.stage() * Tiles::ROW_BYTES, problem.row_lse + slot.first_row + row, Tiles::ROW_BYTES, full);
-        if (head == 0 && tile == slot.block.last_tile - 1)   // the first scores do not wait for it
-          slot.v.template load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, slot.block.first_key, base + Tiles::V_FULL);
         ring.wait_empty(base + Tiles::DO_EMPTY);
         full = base + Tiles::DO_FULL + 8 * ring.stage();
         slot.dout.template load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + ring.stage() * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
         load_bytes(base + Tiles::D + ring.stage() * Tiles::ROW_BYTES, problem.row_d + slot.first_row + row, Tiles::ROW_BYTES, full);
         ring.advance();
+        if (head == 0 && tile == slot.block.last_tile - 1) load_values();
       }
       slot.first_row += problem.padded_queries, slot.q.head += problem.q.head_stride != 0, slot.dout.head += problem.dout.head_stride != 0;
     }
   }
 };
 
-// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. The first key block stores its part there, others add to that, in any order or with in_order
-// in theirs: by way of the slabs from here, or the warps from their registers when it is their turn. The last key block that sees the tile keeps its part until
-// all others have added theirs. Whoever is waited for has a key block before this one.
-template <typename Tiles, typename Block, int HEAD_DIM, int QUERY_TILE> struct TurnTaker {
-  Ring<1> slab_ring;
-  PairRing turn_ring, added_ring;   // a warp may be told of the next tile, and be done with it, while others are still at one
+// What a key block is at the sum of a query tile. The first one stores its part there, so that nobody has to clear it; the last one keeps its part until all others
+// have added theirs, and makes dQ.
+enum AtSum : u32 { FIRST_AT_SUM = 1, LAST_AT_SUM = 2, NOT_YET = 4 };
+
+// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come (in its lower half), which says who is first and last, and who
+// has added (in its upper half). So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
+// it, as with in_order, which fixes all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as
+// asking takes a good part of a tile's time. Whoever is waited for is there already, or with in_order has an earlier key block.
+template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
+  PairRing ring;   // a warp may be told of the next tile, and be done with it, while others are still at one
+
+  __device__ __forceinline__ u32 come(const Problem& problem, u32* word) const {
+    return problem.in_order ? load_acquire(word) : add_acquire(word, 1);
+  }
+
+  // Tells the warps what the block is at the sum of a tile, once it is its turn; or if it is not and `now`, nothing.
+  __device__ __forceinline__ u32 give(const Problem& problem, const KeyBlockSlot<Block>& slot, int tile, u32* word, u32 found, int part, u32 base, bool now) const {
+    const u32 before = problem.in_order ? slot.block.slot.tile : found % 0x10000;
+    const bool last = before + 1 == slot.block.blocks_of_tile(tile);
+    const u32 waits_for = last || problem.in_order ? before : min(before, 1);
+    if (found / 0x10000 < waits_for) {
+      if (now) return NOT_YET;
+      wait_for_at_least(word, waits_for * 0x10000);
+    }
+    const u32 role = (before == 0 ? FIRST_AT_SUM : 0) | (last ? LAST_AT_SUM : 0);
+    store_shared(base + Tiles::ROLES + 8 * part + 4 * ring.stage(), role);
+    barrier_arrive(base + Tiles::TURN + 16 * part + 8 * ring.stage());
+    return role;
+  }
 
   __device__ __forceinline__ void take(const Problem& problem, const KeyBlockSlot<Block>& slot, int part, u32 base) {
-    auto tell = [&] {
-      barrier_arrive(base + Tiles::TURN + 16 * part + 8 * turn_ring.stage());
-      turn_ring.advance();
-    };
-    bool told = false;   // of the tile
     for (int head = 0; head < problem.heads_per_block; ++head) {
+      u32 found = 0, role = NOT_YET;
 #pragma unroll 1
       for (int tile = slot.block.last_tile - 1; tile >= slot.block.first_tile; --tile) {
         keep_here(part);   // what follows from it is not kept: registers are short
-        const bool last = tile < slot.end_of_last, tells = last || !Tiles::SLABS;
-        const u32 before = slot.block.slot.tile, row = slot.sum_row + head * problem.padded_queries + tile * QUERY_TILE;
-        u32* added = problem.row_turn + row + part;   // how many have
-        if (!told) {
-          if (before > 0) wait_for_at_least(added, last || problem.in_order ? before : 1);
-          if (tells) tell();
+        const u32 row = slot.sum_row + head * problem.padded_queries + tile * QUERY_TILE;
+        u32* word = problem.row_turn + row + part;
+        if (tile == slot.block.last_tile - 1) found = come(problem, word);
+        if (role == NOT_YET) role = give(problem, slot, tile, word, found, part, base, false);
+        ring.wait_full(base + Tiles::ADDED + 16 * part);
+        ring.advance();
+        const bool adds = !(role & LAST_AT_SUM);
+        if (tile > slot.block.first_tile) {
+          found = come(problem, word - QUERY_TILE);
+          role = give(problem, slot, tile - 1, word, found, part, base, true);
         }
-        // dQ of the next tile is made soon after this one has been added.
-        told = tile == slot.end_of_last && tile > slot.block.first_tile && load_acquire(added - QUERY_TILE) >= before;
-        if (told) tell();
-        if (tells) {
-          added_ring.wait_full(base + Tiles::ADDED + 16 * part);
-          added_ring.advance();
-        }
-        if (last) continue;
-        if constexpr (Tiles::SLABS) {
-          constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
-          const u32 slabs = base + Tiles::SLAB + part * BYTES;
-          float* sums = problem.dq_sum + (i64)row * HEAD_DIM + part * (BYTES / 4);
-          slab_ring.wait_full(base + Tiles::SLAB_FULL + 8 * part);
-          slab_ring.advance();
-          if (before == 0) store_bytes(sums, slabs, BYTES);
-          else reduce_add_bytes(sums, slabs, BYTES);
-          wait_until_read();
-          barrier_arrive(base + Tiles::SLAB_EMPTY + 8 * part);
-          wait_until_added();
-        }
-        add_release(added, 1);   // what the warps have added too: no warp that computes waits for that
+        if (adds) add_release(word, 0x10000);   // what the warps have added too: no warp that computes waits for that
       }
     }
   }

@@ -230,6 +230,8 @@ template <int OPTIONS, typename Real> __device__ __forceinline__ Real gradient_o
   if constexpr ((OPTIONS & DROPOUT) != 0) return p * (p < 0 ? d : fma(dp, factors<Real>(problem).keep_inverse, -d));
   return p * (dp - d);
 }
+// The same from D - dP, without dropout.
+template <typename Real> __device__ __forceinline__ Real gradient_of_score_from_d(Real p, Real d_minus_dp) { return p * -d_minus_dp; }
 
 // What bias, mask and slope a block's scores get. Rows are queries and columns keys of its sequence; in fragments of transposed scores it is the other way.
 template <int PRECISION, int OPTIONS> struct Score {

@@ -170,7 +170,7 @@ def test_backward_instances_of_sm90(precision, dims):
     wider = sets | {own | which for own in sets}
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
-    if dims in tiles.MAKES_DQ_DIMS:
+    if dims in tiles.MAKES_DQ:
         names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in sets if not own & (which | tiles.BIAS)]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
@@ -214,7 +214,7 @@ def test_sizes_of_sm90_backward_tiles_for_float32():
 @pytest.mark.parametrize("order", [(False,), (True,), (True, True)], ids=str)
 @pytest.mark.parametrize(("dims", "tile"), [*tiles.BACKWARD_SM90.items(), *tiles.BACKWARD_SM90_WITH_OPTIONS.items()], ids=str)
 def test_sizes_of_sm90_backward_tiles(dims, tile, order):
-    if len(order) == 2 and dims not in tiles.MAKES_DQ_DIMS:
+    if len(order) == 2 and dims not in tiles.MAKES_DQ:
         pytest.skip("no key block makes dQ at these head dims")
     more = [str(value).lower() for value in (*order, False)[:2]] if tile.kernel == "backward_sm90" else []
     struct = f"{tile.kernel.title().replace('_', '')}Tiles<{', '.join(map(str, (*dims, *dataclasses.astuple(tile), *more)))}>"

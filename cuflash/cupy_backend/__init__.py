@@ -284,7 +284,7 @@ def warmup(dtypes, head_dims):
                     sm80_dims += [standing_by] if standing_by != dims else []
             if backward is not None:
                 main, dims = backward
-                orders = [(False,), (True,)] + [(True, True)] * (dims in tiles.MAKES_DQ_DIMS)
+                orders = [(False,), (True,)] + [(True, True)] * (dims in tiles.MAKES_DQ)
                 wanted += [(main.file, main.name(precision, dims, 0, *order), main.shared_bytes(dims, *order)) for order in orders]
                 finish = tiles.backward_finish_sm90(precision, dims, 0, main.query_tile)
                 sm80_dims = []

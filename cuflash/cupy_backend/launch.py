@@ -608,7 +608,8 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 def _key_blocks_make_dq(problem, views, dims):
     """Whether key blocks of backward_sm90 make dQ: of short sequences, where one sees each query tile, and what they write is whole pieces of 16 bytes."""
-    if dims not in tiles.MAKES_DQ_DIMS or problem.key_length > (tiles.MAKES_DQ_KEYS_UNEVEN if last_first(problem) else tiles.MAKES_DQ_KEYS):
+    keys_uneven, keys_even = tiles.MAKES_DQ.get(dims, (0, 0))
+    if problem.key_length > (keys_uneven if last_first(problem) else keys_even):
         return False
     if problem.sequences or problem.left is not None or problem.q_lengths is not None or problem.kv_lengths is not None or problem.bias is not None:
         return False

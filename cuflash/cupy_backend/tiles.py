@@ -172,9 +172,10 @@ class BackwardSm90Tile(_Parameters):
     kernel, threads, key_tile = "backward_sm90", 384, 128
 
     def shared_bytes(self, dims, in_order=False, makes_dq=False):
-        rows = self.key_tile * sum(dims) + self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
-        slabs = self.query_tile * dims[0] * 4 if (in_order and not makes_dq) or self.query_tile == 64 else 0  # of dQ
-        of_key_blocks = 8 * 14 + 2 * 256 if makes_dq else 24
+        rows = self.key_tile * (sum(dims) + makes_dq * dims[0])  # MAKES_DQ: keys of two key blocks
+        rows += self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
+        slabs = self.query_tile * dims[0] * 4 if not makes_dq and (in_order or self.query_tile == 64) else 0  # of dQ
+        of_key_blocks = 8 * 17 + 16 + 2 * 256 if makes_dq else 24 + (8 * 8 if in_order and self.query_tile == 64 else 0)
         return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1 + 1) + of_key_blocks
 
     def name(self, precision, dims, options, in_order, makes_dq=False):
@@ -389,7 +390,7 @@ IN_PLACE_WORK = 2**40
 WALK_TOGETHER_BYTES = 2**28
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
 # 512 to 4,096 keys.
-MAKES_DQ_DIMS, MAKES_DQ_KEYS_UNEVEN, MAKES_DQ_KEYS = ((64, 64), (128, 128)), 2048, 1024
+MAKES_DQ = {(64, 64): (4096, 2048), (128, 128): (2048, 1024)}
 # So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each
 # counts as so many. By the same trials.
 HEADS_MAKE_DQ, EVEN_HEADS_ROOM = 16, 2

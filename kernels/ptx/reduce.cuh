@@ -33,6 +33,7 @@ template <int WORD> __device__ __forceinline__ u32 take_number(u32* words) {
 // What the thread did before is there for whoever finds the value, and what bulk copies it asked for then do comes after.
 __device__ __forceinline__ void store_release(u32* address, u32 value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
 __device__ __forceinline__ void add_release(u32* address, u32 value) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
+__device__ __forceinline__ u32 add_acquire(u32* address, u32 value) { u32 x; asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;" : "=r"(x) : "l"(address), "r"(value) : "memory"); return x; }
 __device__ __forceinline__ void store_relaxed(u32* address, u32 value) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(address), "r"(value) : "memory"); }
 __device__ __forceinline__ u32 load_relaxed(const u32* address) { u32 x; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory"); return x; }
 __device__ __forceinline__ u32 load_acquire(const u32* address) { u32 x; asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory"); return x; }

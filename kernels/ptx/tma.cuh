@@ -22,10 +22,6 @@ __device__ __forceinline__ void load_bytes(u32 target, const void* source, u32 b
 __device__ __forceinline__ void reduce_add_bytes(float* target, u32 source, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" :: "l"(target), "r"(source), "r"(bytes) : "memory");
 }
-// The same bytes, stored there: nobody has to clear the place first.
-__device__ __forceinline__ void store_bytes(float* target, u32 source, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" :: "l"(target), "r"(source), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_until_added() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
