@@ -2,9 +2,10 @@
 
 16,384 tokens, heads x head dim = 2,048, random normal inputs, CUDA events, medians of rounds in turns, as a GPU's clock changes with what it does. Packed
 sequences are compared with the sum of what each would cost alone at full occupancy: its share of a batch of as many sequences of its length as make up 16,384
-tokens.
+tokens; 64 query heads that share 8 key heads with 64 of each, 4,096 tokens. `--only` measures the lines whose names hold a text.
 """
 
+import argparse
 import statistics
 
 import ml_dtypes
@@ -36,16 +37,23 @@ def forward_and_backward(arrays, options):
 def show(name, case, *without):
     """A line for `case`, arrays and options, beside the sum of others: (share of it, arrays, options)."""
     passes = zip(*(forward_and_backward(*own) for own in (case, *(own for _, *own in without))))
-    text = []
+    text, both = [], []
     for direction, calls in zip(("forward", "backward"), passes):
         time, *others = seconds(calls)
         whole = sum(share * other for (share, *_), other in zip(without, others))
+        both.append((whole, time))
         text.append(f"{direction} {1e3 * time:8.2f} ms, {whole / time:5.2f} of the speed without")
+    whole, time = map(sum, zip(*both))
+    text.append(f"both {whole / time:5.2f}")
     print(f"{name:<28} {'; '.join(text)}", flush=True)
 
 
-def main():
+def main(argv=None):
     import cupy as cp
+
+    parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="a part of the names of the lines to measure, such as packed")
+    only = parser.parse_args(argv).only
 
     if not cp.cuda.is_available():
         raise SystemExit("bench.options measures the GPU kernels, and CuPy sees no GPU")
@@ -59,7 +67,7 @@ def main():
         print(f"head dim {head_dim}, {heads} heads, {TOKENS // LENGTH} x {LENGTH} steps, full")
         arrays = [normal(TOKENS // LENGTH, heads, LENGTH, head_dim) for _ in range(4)]
         slopes = cp.exp2(-8 * cp.arange(1, heads + 1, dtype=np.float32) / heads)
-        for name, options in {
+        cases = {
             "no option": {},
             "bias (heads, L, S)": {"bias": normal(heads, LENGTH, LENGTH)},
             "bias (heads, 1, S)": {"bias": normal(heads, 1, LENGTH)},
@@ -69,19 +77,30 @@ def main():
             "sinks": {"sinks": cp.zeros(heads, np.float32)},
             "dropout 0.1": {"dropout": 0.1, "seed": 1},
             "deterministic": {"deterministic": True},
-        }.items():
-            show(name, (arrays, options), (1, arrays, {}))
+        }
+        for name, options in cases.items():
+            if only in name:
+                show(name, (arrays, options), (1, arrays, {}))
 
         arrays = [normal(1, heads, TOKENS, head_dim) for _ in range(4)]
         print(f"1 x {TOKENS} steps")
         for name, options in {"no option": {}, f"window ({WINDOW}, {WINDOW})": {"window": WINDOW}, f"window ({WINDOW}, 0)": {"window": (WINDOW, 0)}}.items():
-            show(name, (arrays, options), (1, arrays, {}))
+            if only in name:
+                show(name, (arrays, options), (1, arrays, {}))
         offsets = cp.asarray(np.cumsum((0, *LENGTHS)), np.int32)
         batches = [(1 / (TOKENS // length), [normal(TOKENS // length, heads, length, head_dim) for _ in range(4)]) for length in LENGTHS]
         for causal in (False, True):
             alone = [(share, batch, {"causal": causal}) for share, batch in batches]
             packed = [array[0] for array in arrays], {"cu_seqlens": (offsets, offsets), "causal": causal}
-            show(f"packed, {len(LENGTHS)} uneven{', causal' * causal}", packed, *alone)
+            if only in "packed":
+                show(f"packed, {len(LENGTHS)} uneven{', causal' * causal}", packed, *alone)
+
+        for length in (1024, 2048, 4096) if only in "grouped" else ():
+            dout, q, *of_all = (normal(4096 // length, 64, length, head_dim) for _ in range(4))
+            shared = [normal(4096 // length, 8, length, head_dim) for _ in range(2)]
+            for causal in (False, True):
+                own = {"causal": causal}
+                show(f"grouped, 64 / 8 x {length}{', causal' * causal}", ([dout, q, *shared], own), (1, [dout, q, *of_all], own))
 
 
 if __name__ == "__main__":

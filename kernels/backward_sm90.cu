@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     if constexpr (MAKES_DQ) {
       static_assert(Q_STAGES == 2 && DO_STAGES == 2, "");
       if (warp == 3) {
-        take_key_blocks<PRECISION, Tiles::KEY_TILE, Tiles, Block>(problem, shared, base);
+        take_key_blocks<PRECISION, Tiles, Block>(problem, shared, base);
       } else if (warp == 0) {
         KeyBlockLoader<Tiles, Block, QUERY_TILE> loader;
         follow_key_blocks<Block, Tiles>(shared, base, [&](Slot& slot) {
@@ -176,12 +176,14 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   // All of one key block; `slot`: where it is from, or null.
   auto make_gradients = [&](const Block& block, const Slot* slot) {
     const int first_tile = MAKES_DQ ? uniform(block.first_tile) : block.first_tile, last_tile = MAKES_DQ ? uniform(block.last_tile) : block.last_tile;
-    const u32 count = MAKES_DQ ? uniform(slot->count) : 0, k_stage = count % 2, keys = Tiles::K + k_stage * Tiles::K_BYTES;   // of key blocks before this one
+    const u32 count = MAKES_DQ ? uniform(slot->count) : 0, k_stage = count % 2;   // of key blocks before this one
+    u32 keys = base + Tiles::K + k_stage * Tiles::K_BYTES;
+    if constexpr (MAKES_DQ) keep_here(keys);   // what else is added to base is not kept from one key block to the next
     const Exponential<PRECISION> exponential(problem);
     float dk[HEAD_DIM / 8][4] = {}, dv[VALUE_DIM / 8][4] = {}, p[1][AT_ONCE / 8][4];
 
     auto multiply_k_q = [&](int part, bool exists = true) {   // Sᵀ = K Qᵀ, or of keys alone
-      multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], base + keys + warpgroup * 64 * 128, uniform(base + (exists ? Tiles::Q + q_ring.stage * Tiles::Q_BYTES : keys)) + part * AT_ONCE * 128);
+      multiply_rows<PRECISION, AT_ONCE, HEAD_DIM, Tiles::KEY_BOX, Tiles::QUERY_BOX>(p[0], keys + warpgroup * 64 * 128, uniform(exists ? base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES : keys) + part * AT_ONCE * 128);
     };
     using BiasGradient = ::BiasGradient<PRECISION, OPTIONS>;
     BiasGradient bias_gradient{base + Tiles::BIAS + threadIdx.x / 32 * 8};
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     auto multiply_ds_k = [&](QueryGradient& dq, bool exists) {
       if (exists) dq_ring.wait_full(base + Tiles::DS_FULL);
       const u32 ds_at = base + Tiles::DS + dq_ring.stage * Tiles::DS_BYTES, rows_at = QUERY_TILE == 128 ? ds_at + warpgroup * Tiles::KEY_BOX : ds_at;
-      const u32 columns_at = base + keys + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
+      const u32 columns_at = keys + (QUERY_TILE == 128 ? 0 : warpgroup * (Tiles::DQ_COLUMNS / 64) * Tiles::KEY_BOX);
       multiply_columns<PRECISION, Tiles::DQ_COLUMNS, Tiles::KEY_TILE, Tiles::KEY_BOX, Tiles::KEY_BOX>(dq, uniform(rows_at), uniform(columns_at));
     };
     auto dq_is_made = [&](QueryGradient& dq) {
@@ -355,7 +357,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       using Element = typename ElementOf<PRECISION>::type;
       const int piece = threadIdx.x / 32, row = tile * QUERY_TILE + piece * 16 % QUERY_TILE, column = piece * 16 / QUERY_TILE * 64;
       ds_ring.wait_empty(base + Tiles::DS_EMPTY);   // the warp's own rows of the next dSᵀ are scratch
-      store_output_in_lines<PRECISION, Tiles::DQ_COLUMNS>(dq, (Element*)slot->dq + head * problem.dq.head_stride + row * problem.dq.row_stride + column, problem.dq.row_stride, problem.queries - row, problem.dq.columns - column, lane,
+      store_output_in_lines<PRECISION, Tiles::DQ_COLUMNS>(dq, (Element*)slot->dq + head * problem.dq.head_stride + row * problem.dq.row_stride + column, problem.dq.row_stride, (Block::IS_PACKED ? block.sequence.queries : problem.queries) - row, problem.dq.columns - column, lane,
                                                           base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + piece * 2048);
     };
     // What was added last has come about.
@@ -402,7 +404,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         barrier_wait(base + Tiles::V_FULL, count % 2);
         const int seen = block.sequence.seen() - block.first_key;
         if (seen < Tiles::KEY_TILE) {
-          clear_rows(base + keys, Tiles::Q_BOXES, Tiles::KEY_BOX, max(seen, 0));
+          clear_rows(keys, Tiles::Q_BOXES, Tiles::KEY_BOX, max(seen, 0));
           clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(seen, 0));
           cleared();
         }

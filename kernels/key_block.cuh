@@ -65,10 +65,17 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = fals
     return next < visible.keys ? min(first_tile_of(next), last_tile) : last_tile;
   }
 
-  // How many key blocks have a query tile, of a call where all of them have the last ones.
+  // Where key blocks make dQ, the first one of a sequence has all of its queries, even if it has no keys: dQ of queries that see nothing is 0.
+  static constexpr bool IS_PACKED = (OPTIONS & PACKED) != 0;
+  static __device__ __forceinline__ u32 slots(const Problem& problem, int keys) { return tile_slots<OPTIONS>(problem, keys, KEY_TILE); }
+  __device__ __forceinline__ bool makes_dq() {
+    if (first_key == 0) first_tile = 0;
+    return !IS_PACKED || first_key == 0 || exists();
+  }
+  // And so many have a query tile.
   __device__ __forceinline__ int blocks_of_tile(int tile) const {
     const int end = (tile + 1) * QUERY_TILE;
-    return ceil_div(end > visible.queries ? visible.keys : visible.key_end(end - 1), KEY_TILE);
+    return max(1, ceil_div(end > visible.queries ? visible.keys : visible.key_end(end - 1), KEY_TILE));
   }
 
   // The tile at a step, from first_tile to last_tile - 1, of a walk that begins with tile `begin`, if that is one of them, and goes on after the last tile with the first.

@@ -9,7 +9,7 @@ template <typename Block> struct KeyBlockSlot {
   int last;            // there is none any more
   u32 count;           // of those before it
   GradientRows rows;
-  void* dq;            // row 0 of the first of its query heads
+  void* dq;            // the sequence's first row of the first of its query heads
   u32 sum_row;         // of dq_sum, where these begin
   u32 first_row;       // of row_lse and row_d; it and q and dout become those of the next head when the loader is done with one
   BoxPlace q, k, v, dout;
@@ -18,26 +18,29 @@ template <typename Block> struct KeyBlockSlot {
 
 // Key blocks are taken by counting, each when the loader is done with the one before: so of all that have begun, the first ones are always those under way, and whoever
 // waits for a turn waits for one of them, even if not all blocks of the grid are running.
-template <int PRECISION, int KEY_TILE, typename Tiles, typename Block> __device__ __forceinline__ void take_key_blocks(const Problem& problem, u8* shared, u32 base) {
+template <int PRECISION, typename Tiles, typename Block> __device__ __forceinline__ void take_key_blocks(const Problem& problem, u8* shared, u32 base) {
   using Element = typename ElementOf<PRECISION>::type;
   using Slot = KeyBlockSlot<Block>;
   static_assert(sizeof(Slot) <= SLOT_BYTES, "");
   PairRing ring;
   for (;; ring.advance()) {
-    const u32 index = take_number<KEY_BLOCKS_TAKEN>(problem.row_turn);
-    ring.wait_empty(base + Tiles::SLOT_EMPTY);
     Slot& slot = *(Slot*)(shared + Tiles::SLOTS + ring.stage() * SLOT_BYTES);
-    int keys = problem.keys;
-    keep_here(keys);   // few registers
-    const bool last = index >= problem.grid_places * (u32)ceil_div(keys, KEY_TILE);
+    bool last;
+    do {
+      const u32 index = take_number<KEY_BLOCKS_TAKEN>(problem.row_turn);
+      ring.wait_empty(base + Tiles::SLOT_EMPTY);
+      int keys = problem.keys;
+      keep_here(keys);   // few registers
+      last = index >= problem.grid_places * Block::slots(problem, keys);
+      if (!last) slot.block.set(problem, index);
+      keep_memory_here();   // few registers
+    } while (!last && !slot.block.makes_dq());
     slot.last = last, slot.count = ring.count;
     if (!last) {
-      slot.block.set(problem, index);
-      keep_memory_here();   // few registers
       const Block& block = slot.block;
       set_gradient_rows<PRECISION>(problem, block, slot.rows);
       keep_memory_here();   // few registers
-      slot.dq = block.place.template rows<Element>(problem.dq);
+      slot.dq = block.place.template rows<Element>(problem.dq) + (Block::IS_PACKED ? block.sequence.first_query * problem.dq.row_stride : 0);
       keep_memory_here();
       slot.sum_row = slot.first_row = block.sequence.padded_row(problem, block.place);
       slot.q = BoxPlace(problem.q, block.place), slot.dout = BoxPlace(problem.dout, block.place);
@@ -54,30 +57,32 @@ template <int PRECISION, int KEY_TILE, typename Tiles, typename Block> __device_
 template <typename Tiles, typename Block, int QUERY_TILE> struct KeyBlockLoader {
   PairRing ring;   // of queries, and of output gradients
 
+  static __device__ __forceinline__ int first_key(const KeyBlockSlot<Block>& slot) { return slot.block.first_key + (Block::IS_PACKED ? slot.block.sequence.first_key : 0); }
+
   __device__ __forceinline__ void load(const Problem& problem, const BackwardTensorMaps& maps, KeyBlockSlot<Block>& slot, u32 base) {
     const bool none = slot.block.first_tile >= slot.block.last_tile;   // nobody waits for them
     const u32 stage = slot.count % 2;
     barrier_wait(base + Tiles::K_EMPTY + 8 * stage, slot.count / 2 % 2 ^ 1);
     if (none) barrier_arrive(base + Tiles::K_FULL + 8 * stage);
-    else slot.k.template load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K + stage * Tiles::K_BYTES, slot.block.first_key, base + Tiles::K_FULL + 8 * stage);
+    else slot.k.template load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K + stage * Tiles::K_BYTES, first_key(slot), base + Tiles::K_FULL + 8 * stage);
     auto load_values = [&] {   // the first queries are there by then
       barrier_wait(base + Tiles::V_EMPTY, slot.count % 2 ^ 1);
       if (none) barrier_arrive(base + Tiles::V_FULL);
-      else slot.v.template load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, slot.block.first_key, base + Tiles::V_FULL);
+      else slot.v.template load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key(slot), base + Tiles::V_FULL);
     };
     if (none) load_values();
     for (int head = 0; head < problem.heads_per_block; ++head) {
 #pragma unroll 1
       for (int tile = slot.block.last_tile - 1; tile >= slot.block.first_tile; --tile) {
-        const int row = tile * QUERY_TILE;
+        const int row = tile * QUERY_TILE, array_row = row + (Block::IS_PACKED ? slot.block.sequence.first_query : 0);
         keep_here(base);   // what follows from it is not kept
         ring.wait_empty(base + Tiles::Q_EMPTY);
         u32 full = base + Tiles::Q_FULL + 8 * ring.stage();
-        slot.q.template load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + ring.stage() * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
+        slot.q.template load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + ring.stage() * Tiles::Q_BYTES, array_row, full, Tiles::ROW_BYTES);
         load_bytes(base + Tiles::LSE + ring.stage() * Tiles::ROW_BYTES, problem.row_lse + slot.first_row + row, Tiles::ROW_BYTES, full);
         ring.wait_empty(base + Tiles::DO_EMPTY);
         full = base + Tiles::DO_FULL + 8 * ring.stage();
-        slot.dout.template load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + ring.stage() * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
+        slot.dout.template load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + ring.stage() * Tiles::DO_BYTES, array_row, full, Tiles::ROW_BYTES);
         load_bytes(base + Tiles::D + ring.stage() * Tiles::ROW_BYTES, problem.row_d + slot.first_row + row, Tiles::ROW_BYTES, full);
         ring.advance();
         if (head == 0 && tile == slot.block.last_tile - 1) load_values();
@@ -109,7 +114,7 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
     const u32 waits_for = last || problem.in_order ? before : min(before, 1);
     if (found / 0x10000 < waits_for) {
       if (now) return NOT_YET;
-      wait_for_at_least(word, waits_for * 0x10000);
+      if (!Block::IS_PACKED || !problem.row_turn[OFFSETS_DESCEND]) wait_for_at_least(word, waits_for * 0x10000);   // else the sums are of no use, and nobody may be there
     }
     const u32 role = (before == 0 ? FIRST_AT_SUM : 0) | (last ? LAST_AT_SUM : 0);
     store_shared(base + Tiles::ROLES + 8 * part + 4 * ring.stage(), role);

@@ -671,6 +671,7 @@ SHORT_CALLS = {  # queries, keys, options
     "keys that no query sees": (100, 1000, {"causal": True, "offset": 0}),
     "key blocks without queries": (128, 512, {"causal": True, "offset": 0}),
     "an offset": (200, 130, {"causal": True, "offset": 30}),
+    "queries that see nothing": (300, 280, {"causal": True, "offset": -150}),
     "one key block": (200, 100, {}),
     "one of each": (1, 1, {"causal": True}),
     "many key blocks": (500, 900, {"causal": True}),
@@ -708,6 +709,22 @@ class TestDqMadeByKeyBlocks:
         check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, both=True, **options)
         assert all(plan.makes_dq and plan.finish is None for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
 
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "offset": -100}, {"causal": True, "mask": True}], ids=str)
+    @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (40, 56)], ids=str)
+    @pytest.mark.parametrize("blocks", [2, 10**6])
+    def test_packed_sequences(self, arrays, blocks, dims, options, no_plans, monkeypatch):
+        """Some without queries, some without keys, whose dq is 0 all the same, and one of more keys than most."""
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: blocks)
+        ends = [[0, *itertools.accumulate(lengths)] for lengths in ((0, 130, 20, 0, 200, 1, 150), (50, 128, 0, 0, 70, 300, 150))]
+        (queries, keys), cu_seqlens = (own[-1] for own in ends), tuple(cupy.asarray(own, dtype=numpy.int32) for own in ends)
+        q, k, v = arrays.normal(2, 3, queries, dims[0]), arrays.normal(2, 3, keys, dims[0]), arrays.normal(2, 3, keys, dims[1])
+        if "mask" in options:
+            options = options | {"mask": cupy.asarray(arrays.rng.random((queries, keys)) < 0.7)}
+        check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, both=True, cu_seqlens=cu_seqlens, **options)
+        mains = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+        assert mains
+        assert all(plan.makes_dq and plan.finish is None for plan in mains)
+
     def test_arrays_whose_heads_follow_the_rows(self, arrays, no_plans):
         q, k, v, dout = (arrays.normal(2, length, 3, 64).swapaxes(1, 2) for length in (300, 350, 350, 300))
         check_backward(dout, q, k, v, roundings=8, both=True, causal=True)
@@ -738,15 +755,13 @@ class TestDqMadeByKeyBlocks:
         assert not wrong
         assert all(plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
 
-    OTHERS = "queries that see nothing", "window", "q_lengths", "kv_lengths", "cu_seqlens", "bias", "odd rows", "shared queries", "heads the host sums", "long"
+    OTHERS = "window", "q_lengths", "kv_lengths", "bias", "odd rows", "shared queries", "heads the host sums", "long", "long on average"
 
     @pytest.mark.parametrize("why", OTHERS)
     def test_other_calls(self, arrays, why, no_plans, monkeypatch):
         monkeypatch.setattr(launch, "multiprocessors", lambda device: 10**6)
         queries, keys, options, columns, heads = 300, 280, {}, 64, (4, 4)
-        if why == "queries that see nothing":
-            options = {"causal": True, "offset": -1}
-        elif why == "odd rows":
+        if why == "odd rows":
             columns = 60
         elif why == "shared queries":
             heads = (1, 4)
@@ -754,6 +769,9 @@ class TestDqMadeByKeyBlocks:
             heads = (4, 2)
         elif why == "long":
             monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (279, 279))
+        elif why == "long on average":
+            monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (69, 69))
+            options = option("cu_seqlens", arrays, (2,), 4, queries, keys)
         else:
             options = option(why, arrays, (2,), 4, queries, keys)
         q, k, v = arrays.normal(2, heads[0], queries, columns), arrays.normal(2, heads[1], keys, columns), arrays.normal(2, heads[1], keys, columns)

@@ -171,7 +171,8 @@ def test_backward_instances_of_sm90(precision, dims):
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
     if dims in tiles.MAKES_DQ:
-        names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in sets if not own & (which | tiles.BIAS)]
+        names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in sets if not own & (which & ~tiles.PACKED | tiles.BIAS)]
+        names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in (tiles.PACKED, tiles.PACKED | tiles.MASK)]
     assert len(names) >= (20 if precision == "bfloat16" else 4)
     assert spills(tiles.BACKWARD_SM90[dims].file, names, "sm_90a") == []
 

@@ -53,6 +53,7 @@ _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of i
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
+MOST_COUNTED_KEYS = 2**22  # key blocks at a sum of dQ are counted in 16 bits (kernels/key_blocks_sm90.cuh)
 NO_BOUND = 2**61  # past every key: |offset| is at most 2**62, so that their sum fits in 64 bits
 LONG_LENGTH = 2**15  # sums of more steps pay for round-to-nearest: what truncation takes off shorter ones is under 2.5e-4, half a rounding of float16
 # tanh(x) is x (TANH[0] + x^2 (TANH[1] + x^2 TANH[2])) to 1.8e-5 up to TANH_RANGE, by minimax; the polynomial is steeper beyond.
@@ -607,15 +608,14 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 
 def _key_blocks_make_dq(problem, views, dims):
-    """Whether key blocks of backward_sm90 make dQ: of short sequences, where one sees each query tile, and what they write is whole pieces of 16 bytes."""
+    """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
     keys_uneven, keys_even = tiles.MAKES_DQ.get(dims, (0, 0))
-    if problem.key_length > (keys_uneven if last_first(problem) else keys_even):
+    most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
+    if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
-    if problem.sequences or problem.left is not None or problem.q_lengths is not None or problem.kv_lengths is not None or problem.bias is not None:
+    if problem.q_lengths is not None or problem.kv_lengths is not None:
         return False
-    offset = problem.key_length - problem.query_length if problem.offset is None else problem.offset
-    seen = problem.right is None or (isinstance(offset, int) and offset + problem.right >= 0)
-    return seen and not any(step % 8 for name in ("dq", "dk", "dv") for step in (*views[name][1], views[name][2][0], views[name][3]))
+    return not any(step % 8 for name in ("dq", "dk", "dv") for step in (*views[name][1], views[name][2][0], views[name][3]))
 
 
 class FinishInPlace:
@@ -688,7 +688,7 @@ class BackwardPlan:
         key_tiles = slots(problem, problem.key_length, main.key_tile)
         # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
         shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
-        enough = 2 * multiprocessors(device)
+        enough = -(-15 * multiprocessors(device) // 8)  # nearly two for each: 16 key blocks of 16 heads for 132
         together = next(n for n in range(shared_heads, 0, -1) if shared_heads % n == 0 and (places // n * key_tiles >= enough or n == 1))
         self.blocks_of_heads = problem.heads // together
         # dk and dv are written at once where no further sum is needed, else as float32 (float64) parts.
@@ -714,7 +714,9 @@ class BackwardPlan:
         even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
         room = tiles.EVEN_HEADS_ROOM if self.makes_dq and not last_first(problem) else 1
-        sweep_heads = sweep(problem, room * head_bytes * together, places // together, self.in_order, self.makes_dq)
+        if self.makes_dq:
+            head_bytes //= max(1, problem.sequences)
+        sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:
