@@ -609,7 +609,7 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 def _key_blocks_make_dq(problem, views, dims):
     """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
-    keys_uneven, keys_even = tiles.MAKES_DQ.get(dims, (0, 0))
+    keys_uneven, keys_even = (tiles.MAKES_DQ_PACKED if problem.sequences else tiles.MAKES_DQ).get(dims, (0, 0))
     most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
     if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
