@@ -607,9 +607,9 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
     return places * padded // tile.query_tile // 2
 
 
-def _key_blocks_make_dq(problem, views, dims):
+def _key_blocks_make_dq(problem, views, dims, together):
     """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
-    keys_uneven, keys_even = (tiles.MAKES_DQ_PACKED if problem.sequences else tiles.MAKES_DQ).get(dims, (0, 0))
+    keys_uneven, keys_even = (tiles.MAKES_DQ_UNEVEN if problem.sequences or together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
     most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
     if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
@@ -696,7 +696,7 @@ class BackwardPlan:
         self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
         self.query_parts = views["q"][0] != problem.lead
         whole = maps is not None and not in_parts and not self.key_parts and not self.query_parts
-        self.makes_dq = whole and _key_blocks_make_dq(problem, views, dims)
+        self.makes_dq = whole and _key_blocks_make_dq(problem, views, dims, together)
         self.takes_turns = self.in_order or self.makes_dq
         # Sums of dQ lie in padded rows, and the host takes them from there; but not where sequences are padded one by one or rows take no part, nor those of
         # the sm90 family, whose tiles have an order of their own.
