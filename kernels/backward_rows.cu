@@ -92,7 +92,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> 
     if constexpr ((OPTIONS & SINKS) != 0) reals<Real>(problem.row_sink)[at] = finite ? exp(*place.rows<Real>(problem.sinks) - lse) * sum : 0;
   }
   // Key blocks wait for each other as sequences that follow each other do. With offsets that do not, whoever is waited for may not exist.
-  if constexpr ((ZERO_DQ_SUM || OPTIONS & PACKED) && PRECISION != FLOAT64) {   // of that none take turns
+  if constexpr ((ZERO_DQ_SUM || (OPTIONS & PACKED && ROWS > 32)) && PRECISION != FLOAT64) {   // of float64 none take turns, nor with rows of the sm80 family where nothing has to be cleared
     if (blockIdx.x == 0 && problem.row_turn) {
       bool descend = false;
       if constexpr ((OPTIONS & PACKED) != 0)
