@@ -55,6 +55,10 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="a part of the names of the lines to measure, such as packed")
     only = parser.parse_args(argv).only
 
+    def show_if_wanted(name, *cases):
+        if only in name:
+            show(name, *cases)
+
     if not cp.cuda.is_available():
         raise SystemExit("bench.options measures the GPU kernels, and CuPy sees no GPU")
     rng = cp.random.RandomState(0)
@@ -67,7 +71,7 @@ def main(argv=None):
         print(f"head dim {head_dim}, {heads} heads, {TOKENS // LENGTH} x {LENGTH} steps, full")
         arrays = [normal(TOKENS // LENGTH, heads, LENGTH, head_dim) for _ in range(4)]
         slopes = cp.exp2(-8 * cp.arange(1, heads + 1, dtype=np.float32) / heads)
-        cases = {
+        for name, options in {
             "no option": {},
             "bias (heads, L, S)": {"bias": normal(heads, LENGTH, LENGTH)},
             "bias (heads, 1, S)": {"bias": normal(heads, 1, LENGTH)},
@@ -77,30 +81,27 @@ def main(argv=None):
             "sinks": {"sinks": cp.zeros(heads, np.float32)},
             "dropout 0.1": {"dropout": 0.1, "seed": 1},
             "deterministic": {"deterministic": True},
-        }
-        for name, options in cases.items():
-            if only in name:
-                show(name, (arrays, options), (1, arrays, {}))
+        }.items():
+            show_if_wanted(name, (arrays, options), (1, arrays, {}))
 
         arrays = [normal(1, heads, TOKENS, head_dim) for _ in range(4)]
         print(f"1 x {TOKENS} steps")
         for name, options in {"no option": {}, f"window ({WINDOW}, {WINDOW})": {"window": WINDOW}, f"window ({WINDOW}, 0)": {"window": (WINDOW, 0)}}.items():
-            if only in name:
-                show(name, (arrays, options), (1, arrays, {}))
+            show_if_wanted(name, (arrays, options), (1, arrays, {}))
         offsets = cp.asarray(np.cumsum((0, *LENGTHS)), np.int32)
         batches = [(1 / (TOKENS // length), [normal(TOKENS // length, heads, length, head_dim) for _ in range(4)]) for length in LENGTHS]
         for causal in (False, True):
             alone = [(share, batch, {"causal": causal}) for share, batch in batches]
             packed = [array[0] for array in arrays], {"cu_seqlens": (offsets, offsets), "causal": causal}
-            if only in "packed":
-                show(f"packed, {len(LENGTHS)} uneven{', causal' * causal}", packed, *alone)
+            show_if_wanted(f"packed, {len(LENGTHS)} uneven{', causal' * causal}", packed, *alone)
 
-        for length in (1024, 2048, 4096) if only in "grouped" else ():
+        print("64 query heads, 4096 tokens")
+        for length in (1024, 2048, 4096):
             dout, q, *of_all = (normal(4096 // length, 64, length, head_dim) for _ in range(4))
             shared = [normal(4096 // length, 8, length, head_dim) for _ in range(2)]
             for causal in (False, True):
                 own = {"causal": causal}
-                show(f"grouped, 64 / 8 x {length}{', causal' * causal}", ([dout, q, *shared], own), (1, [dout, q, *of_all], own))
+                show_if_wanted(f"grouped, 64 / 8 x {length}{', causal' * causal}", ([dout, q, *shared], own), (1, [dout, q, *of_all], own))
 
 
 if __name__ == "__main__":

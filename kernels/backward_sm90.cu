@@ -37,8 +37,8 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static constexpr int KEY_BOX = KEY_TILE * 128, QUERY_BOX = QUERY_TILE * 128, Q_BOXES = HEAD_DIM / 64, V_BOXES = VALUE_DIM / 64, DS_BOXES = QUERY_TILE / 64;
   static constexpr int Q_BYTES = Q_BOXES * QUERY_BOX, DO_BYTES = V_BOXES * QUERY_BOX, DS_BYTES = DS_BOXES * KEY_BOX, ROW_BYTES = QUERY_TILE * 4;
   static constexpr int DS_STAGES = 3;   // with two the warpgroups would walk in step
-  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers, unless they store or keep many of the sums
-  // (MAKES_DQ); and in order, of 128 queries each tile would have the warps that compute wait for the key block before.
+  // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers, which MAKES_DQ are the faster ones all the
+  // same; and in order, of 128 queries, it is not done by warps that compute, as each tile has to wait for the key block before.
   static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
   static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
   static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;

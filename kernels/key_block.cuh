@@ -65,14 +65,15 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = fals
     return next < visible.keys ? min(first_tile_of(next), last_tile) : last_tile;
   }
 
-  // Where key blocks make dQ, the first one of a sequence has all of its queries, even if it has no keys: dQ of queries that see nothing is 0.
   static constexpr bool IS_PACKED = (OPTIONS & PACKED) != 0;
   static __device__ __forceinline__ u32 slots(const Problem& problem, int keys) { return tile_slots<OPTIONS>(problem, keys, KEY_TILE); }
-  __device__ __forceinline__ bool makes_dq() {
+
+  // Where key blocks make dQ, the first one of a sequence has all of its queries, even if there are no keys: dQ of queries that see nothing is 0. False: an empty slot.
+  __device__ __forceinline__ bool take_all_queries_if_first() {
     if (first_key == 0) first_tile = 0;
     return !IS_PACKED || first_key == 0 || exists();
   }
-  // And so many have a query tile.
+  // So many key blocks have a query tile then.
   __device__ __forceinline__ int blocks_of_tile(int tile) const {
     const int end = (tile + 1) * QUERY_TILE;
     return max(1, ceil_div(end > visible.queries ? visible.keys : visible.key_end(end - 1), KEY_TILE));

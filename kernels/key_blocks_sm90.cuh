@@ -34,7 +34,7 @@ template <int PRECISION, typename Tiles, typename Block> __device__ __forceinlin
       last = index >= problem.grid_places * Block::slots(problem, keys);
       if (!last) slot.block.set(problem, index);
       keep_memory_here();   // few registers
-    } while (!last && !slot.block.makes_dq());
+    } while (!last && !slot.block.take_all_queries_if_first());
     slot.last = last, slot.count = ring.count;
     if (!last) {
       const Block& block = slot.block;
@@ -99,7 +99,7 @@ enum AtSum : u32 { FIRST_AT_SUM = 1, LAST_AT_SUM = 2, NOT_YET = 4 };
 // The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come (in its lower half), which says who is first and last, and who
 // has added (in its upper half). So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
 // it, as with in_order, which fixes all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as
-// asking takes a good part of a tile's time. Whoever is waited for is there already, or with in_order has an earlier key block.
+// the answer comes from L2. Whoever is waited for is there already, or with in_order has an earlier key block.
 template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
   PairRing ring;   // a warp may be told of the next tile, and be done with it, while others are still at one
 

@@ -43,7 +43,7 @@ def assert_a_thousand_backwards_are_equal(dout, q, k, v, options):
 def long_calls(monkeypatch):
     """The kernels of long calls take short ones too."""
     monkeypatch.setattr(tiles, "MAKES_DQ", {})
-    monkeypatch.setattr(tiles, "MAKES_DQ_UNEVEN", {})
+    monkeypatch.setattr(tiles, "MAKES_DQ_PACKED_OR_GROUPED", {})
 
 
 @pytest.fixture(params=["bfloat16", "float16"])
@@ -771,7 +771,7 @@ class TestDqMadeByKeyBlocks:
         elif why == "long":
             monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (279, 279))
         elif why == "long on average":
-            monkeypatch.setitem(tiles.MAKES_DQ_UNEVEN, (64, 64), (69, 69))
+            monkeypatch.setitem(tiles.MAKES_DQ_PACKED_OR_GROUPED, (64, 64), (69, 69))
             options = option("cu_seqlens", arrays, (2,), 4, queries, keys)
         else:
             options = option(why, arrays, (2,), 4, queries, keys)

@@ -210,13 +210,8 @@ def _sum_parts(parts, gradient, scale):
     if lead:
         heads = parts.ndim - 3
         parts = parts.reshape(*parts.shape[:heads], lead[-1], -1, *parts.shape[-2:])
-        if axes or parts.shape[heads + 1] > 8:
-            axes.append(heads + 1)
-        else:  # a few, in place: sums over an axis inside are slow
-            parts, *others = (parts[..., i, :, :] for i in range(parts.shape[heads + 1]))
-            for other in others:
-                parts += other
-    total = (parts.sum(axis=tuple(axes)) if axes else parts).reshape(gradient.shape)
+        axes.append(heads + 1)
+    total = parts.sum(axis=tuple(axes)).reshape(gradient.shape)
     if scale != 1.0:
         cupy.multiply(total, total.dtype.type(scale), out=total)
     gradient[...] = total

@@ -609,7 +609,7 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 def _key_blocks_make_dq(problem, views, dims, together):
     """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
-    keys_uneven, keys_even = (tiles.MAKES_DQ_UNEVEN if problem.sequences or together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
+    keys_uneven, keys_even = (tiles.MAKES_DQ_PACKED_OR_GROUPED if problem.sequences or together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
     most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
     if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
@@ -688,7 +688,7 @@ class BackwardPlan:
         key_tiles = slots(problem, problem.key_length, main.key_tile)
         # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
         shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
-        enough = -(-15 * multiprocessors(device) // 8)  # nearly two for each: 16 key blocks of 16 heads for 132
+        enough = tiles.BLOCKS_TO_SUM_HEADS * multiprocessors(device)
         together = next(n for n in range(shared_heads, 0, -1) if shared_heads % n == 0 and (places // n * key_tiles >= enough or n == 1))
         self.blocks_of_heads = problem.heads // together
         # dk and dv are written at once where no further sum is needed, else as float32 (float64) parts.
