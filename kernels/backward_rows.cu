@@ -26,7 +26,8 @@ template <int OPTIONS, int ROWS = 32> struct RowBlock {
         sequence(problem, place, slot.sequence), first(OPTIONS & PACKED ? slot.tile * problem.padding + padded % problem.padding : padded) {}
 };
 
-template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ Problem problem) {
+// Of numbers of 16 bits four blocks to a multiprocessor: 128 rows a block would take a few registers more than that leaves.
+template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> __global__ void __launch_bounds__(256, PRECISION == FLOAT16 || PRECISION == BFLOAT16 ? 4 : 1) backward_prepare(const __grid_constant__ Problem problem) {
   using Element = typename ElementOf<PRECISION>::type;
   using Real = ::Real<PRECISION>;
   constexpr int PER_CHUNK = 16 / (int)sizeof(Element), STEP = 256 / LANES, OWN = ROWS / STEP;   // eight lanes share OWN rows, STEP apart

@@ -25,7 +25,7 @@
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
 // -> Sᵀ(t + 1) done. IN_ORDER, where dQ is added: of 128 queries, slabs empty, dQ into them, and full; of 64, what a warp added before has come about, turn.
 // MAKES_DQ: turn -> added; where dQ is made, turn -> sum loaded -> place for dSᵀ empty; and around a key block: slot full -> .. -> V empty -> K empty -> turn, of the
-// last tile -> place for dSᵀ empty (dK and dV go through it) -> slot empty.
+// last tile -> place for dSᵀ empty (dK and dV go through it) -> slot empty -> turn, of the next one's first tile.
 // In parts: the first waits for dO and D. After each but the last: dV and dK done, Sᵀ of the next part issued and done. The last hands on what the tile took, dK done.
 #include "backward_sm90.cuh"
 #include "bias_gradient_sm90.cuh"
@@ -523,6 +523,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       const Slot& slot = *(const Slot*)(shared + Tiles::SLOTS + ring.stage * SLOT_BYTES);
       if (uniform(slot.last)) return;
       make_gradients(slot.block, &slot);
+      __syncwarp();   // all lanes have read what they need of the slot
       arrive(Tiles::SLOT_EMPTY + 8 * ring.stage);
     }
   } else {

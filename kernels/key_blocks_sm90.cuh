@@ -99,7 +99,11 @@ enum AtSum : u32 { FIRST_AT_SUM = 1, LAST_AT_SUM = 2, NOT_YET = 4 };
 // The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come (in its lower half), which says who is first and last, and who
 // has added (in its upper half). So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
 // it, as with in_order, which fixes all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as
-// the answer comes from L2. Whoever is waited for is there already, or with in_order has an earlier key block.
+// the answer comes from L2.
+//
+// Whoever is waited for has come already, or with in_order has an earlier key block; and blocks never wait for each other in a ring. If one that has come does not add,
+// it is as its other warpgroup waits, at an earlier tile of the same walk, as all walk the same way; so of all who wait, one at the earliest tile can go on. Hence
+// nobody comes to a key block's first tile before both warpgroups are done with the key block before, which may be of another head.
 template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
   PairRing ring;   // a warp may be told of the next tile, and be done with it, while others are still at one
 
@@ -123,6 +127,7 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
   }
 
   __device__ __forceinline__ void take(const Problem& problem, const KeyBlockSlot<Block>& slot, int part, u32 base) {
+    if (slot.count) barrier_wait(base + Tiles::SLOT_EMPTY + 8 * ((slot.count - 1) % 2), (slot.count - 1) / 2 % 2);
     for (int head = 0; head < problem.heads_per_block; ++head) {
       u32 found = 0, role = NOT_YET;
 #pragma unroll 1

@@ -1,6 +1,6 @@
 """Small calls of the kernels, forward and backward, for compute-sanitizer; needs a GPU, and tests/ is no package, so from a clone:
 
-    PYTHONPATH=. compute-sanitizer --tool memcheck python tests/small_calls.py
+    PYTHONPATH=. compute-sanitizer --tool memcheck python tests/small_calls.py [DTYPE ...]
 
 and the same with racecheck, synccheck and initcheck. Once with blocks that take many query tiles, as if the GPU had three multiprocessors, once with its own.
 
@@ -8,6 +8,8 @@ racecheck reports two things that are no faults: shared memory that one warp wri
 all of them after __syncwarp (it counts the arrival for that lane alone); and plain bulk copies, of lse and D in the backward, that an
 mbarrier announces to other warps.
 """
+
+import sys
 
 import cupy
 import ml_dtypes
@@ -21,8 +23,9 @@ DIMS = ((64, 64), (128, 128), (256, 256), (40, 24))
 DTYPES = ((numpy.float16, DIMS[:1]), (ml_dtypes.bfloat16, DIMS), (numpy.float32, DIMS[:2]), (numpy.float64, DIMS[:2]), (numpy.complex64, DIMS[:1]))
 
 
-def main():
+def main(names):
     cupy.cuda.set_allocator(None)  # each array is an allocation of its own, whose ends are watched
+    chosen = [(dtype, dims) for dtype, dims in DTYPES if not names or numpy.dtype(dtype).name in names]
     rng = numpy.random.default_rng(0)
     calls, tiles.PARTS_LEAST_QUERIES, tiles.PARTS_LEAST_WORK = 0, 0, {"float32": 0, "tf32": 0}
     own = launch.multiprocessors
@@ -30,7 +33,7 @@ def main():
         launch.multiprocessors = multiprocessors
         cupy_backend._plans.clear()
         repeat._calls.clear()
-        for dtype, dims in DTYPES:
+        for dtype, dims in chosen:
             parts = numpy.dtype("f4") if dtype is numpy.complex64 else dtype
 
             def normal(*shape, dtype=dtype):
@@ -52,17 +55,21 @@ def main():
                     {"window": (50, 20), "softcap": 5.0},
                     {"dropout": 0.1, "seed": 7},
                 )
-                for options in several:
-                    out, lse = cuflash.attention_forward(q, k, v, **options)
+                own_keys = normal(2, 4, 304, head_dim), normal(2, 4, 304, value_dim)
+                packed = q[0], k[0, :, :270], v[0, :, :270]
+                both_passes = [((q, k, v), dout, options) for options in several]
+                both_passes += [((q, *own_keys), dout, {"causal": causal}) for causal in (False, True)]
+                both_passes += [(packed, dout[0], {"causal": causal, "cu_seqlens": (offsets, offsets)}) for causal in (False, True)]
+                for arrays, gradient, options in both_passes:
+                    out, lse = cuflash.attention_forward(*arrays, **options)
                     for deterministic in (False, True):
-                        cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=deterministic, **options)
+                        cuflash.attention_backward(gradient, *arrays, out, lse, deterministic=deterministic, **options)
                     calls += 3
                 cuflash.attention_forward(normal(1, 8, 1, head_dim), normal(1, 2, 2000, head_dim), normal(1, 2, 2000, value_dim))
-                cuflash.attention_forward(q[0], k[0, :, :270], v[0, :, :270], cu_seqlens=(offsets, offsets), causal=True)
-                calls += 2
+                calls += 1
     cupy.cuda.Device().synchronize()
     print("calls", calls)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

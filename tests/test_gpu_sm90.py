@@ -756,6 +756,21 @@ class TestDqMadeByKeyBlocks:
         assert not wrong
         assert all(plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
 
+    @pytest.mark.parametrize("length", [256, 384])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_passes_over_many_heads_of_few_key_blocks_end(self, arrays, head_dim, length, no_plans):
+        """Blocks go on to other heads while some of their warps still wait: if blocks waited for each other in a ring, this would never end."""
+        q, k, v = arrays.qkv(length, length, head_dim, lead=(16, 32))
+        dout = arrays.normal(16, 32, length, head_dim)
+        out, lse = cuflash.attention_forward(q, k, v, causal=True)
+        first = cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
+        wrong = cupy.zeros((), bool)
+        for _ in range(1000):
+            own = cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
+            wrong |= (own[1] != first[1]).any() | (own[2] != first[2]).any()
+        assert not wrong
+        assert all(plan.makes_dq for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+
     OTHERS = "window", "q_lengths", "kv_lengths", "bias", "odd rows", "shared queries", "heads the host sums", "long", "long on average"
 
     @pytest.mark.parametrize("why", OTHERS)
