@@ -1,8 +1,9 @@
 """python -m bench: measures cuflash and every peer that is installed, in one run, interleaved, and writes tables, plots and JSON.
 
 Without a section's option the speed grid runs: 16,384 tokens, heads × head dim = 2,048, so that every length has the same inputs' size.
-Times are medians over rounds in which every contender runs one batch of calls between two CUDA events (JAX, which runs on streams of its own: between two
-readings of the wall clock around at least 20 ms of calls). Every result is first compared with the float64 definition; a wrong one is not timed.
+Times are medians over rounds, in balanced orders, in which every contender runs one batch of calls between two CUDA events (JAX, which runs on streams of
+its own: between two readings of the wall clock around at least 20 ms of calls). Every result is first compared with the float64 definition; a wrong one is not
+timed.
 """
 
 import argparse

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_plots_are_drawn(results, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_rounds_are_interleaved_and_start_with_another_contender_each_time():
+def test_rounds_are_interleaved():
     called = []
 
     def contender(name, seconds):
@@ -134,8 +136,18 @@ def test_rounds_are_interleaved_and_start_with_another_contender_each_time():
     assert [one.calls for one in contenders.values()] == [4, 2, 1]      # each batch lasts the least time, and is at least one call
     called.clear()
     assert measure.interleave(contenders, rounds=3) == {}
-    assert "".join(called[-9:]) == "abcbcacab"
+    assert "".join(called[-9:]) == "acbbaccba"
     assert [measure.timing(one)["seconds"] for one in contenders.values()] == [0.25, 0.5, 4.0]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_each_contender_comes_equally_often_at_each_place_and_after_each_other_one(count):
+    orders = measure.balanced_orders(count)
+    squares = len(orders) // count
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert all(sum(order[place] == one for order in orders) == squares for place in range(count) for one in range(count))
+    followed = Counter(pair for order in orders for pair in pairwise(order))
+    assert followed == {(one, other): squares for one in range(count) for other in range(count) if one != other}
 
 
 def test_median_ignores_one_slow_round():
