@@ -8,7 +8,7 @@
 // A block owns 128 keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share the key
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
-// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies;
+// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies, or two do;
 // IN_ORDER two more see to it that dQ is added when it is the block's turn.
 //
 // MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
@@ -40,6 +40,7 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers, which MAKES_DQ are the faster ones all the
   // same; and in order, of 128 queries, it is not done by warps that compute, as each tile has to wait for the key block before.
   static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
+  static constexpr bool TWO_LOAD = !SLABS && !MAKES_DQ;   // queries and output gradients; of tiles of 64, where warps send their slabs too, one thread is faster
   static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
   static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8 * K_STAGES;
@@ -106,7 +107,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     } else {
       if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-      if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+      if constexpr (Tiles::TWO_LOAD) {
+        if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, false>(problem, maps, base);
+        if (warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
+      } else if (warp == 0) {
+        load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
+      }
       if constexpr (Tiles::WARPS_IN_ORDER) {
         // One thread gives the warps their turns, another one tells that all have added. It begins with a phase in which nobody adds, so that turns are given no
         // sooner than two tiles after the last one that was told of, and nobody misses a phase.

@@ -41,14 +41,15 @@ template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinlin
   else return step;
 }
 
-// Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow.
-template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
+// Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow: by one thread, or QUERIES
+// (and keys) by one and OUTPUTS (and values) by another.
+template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool QUERIES = true, bool OUTPUTS = true>
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
   if (!block.exists() || block.first_tile >= block.last_tile) return;   // nobody would wait for the keys, and the block might end before they are there
   Place place = block.place;
   const int first_key = block.sequence.first_key + block.first_key;
-  BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);
+  if (QUERIES) BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
   bool first = true;
@@ -58,17 +59,20 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 #pragma unroll 1
     for (int step = block.first_tile; step < block.last_tile; ++step) {
       const int tile = tile_of_walk<Tiles, IN_ORDER>(block, step, base);
-      if (problem.walked_to) store_relaxed(problem.walked_to, tile);
+      if (QUERIES && problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
-      q_ring.wait_empty(base + Tiles::Q_EMPTY);
-      u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
-      q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
-      load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
-      q_ring.advance();
+      if constexpr (QUERIES) {
+        q_ring.wait_empty(base + Tiles::Q_EMPTY);
+        const u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
+        q_place.load_rows<Tiles::Q_BOXES, Tiles::QUERY_BOX>(maps.q, base + Tiles::Q + q_ring.stage * Tiles::Q_BYTES, row, full, Tiles::ROW_BYTES);
+        load_bytes(base + Tiles::LSE + q_ring.stage * Tiles::ROW_BYTES, problem.row_lse + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
+        q_ring.advance();
+      }
+      if (!OUTPUTS) continue;
       if (first) BoxPlace(problem.v, place).load_rows<Tiles::V_BOXES, Tiles::KEY_BOX>(maps.v, base + Tiles::V, first_key, base + Tiles::V_FULL);   // the first scores do not wait for it
       first = false;
       do_ring.wait_empty(base + Tiles::DO_EMPTY);
-      full = base + Tiles::DO_FULL + 8 * do_ring.stage;
+      const u32 full = base + Tiles::DO_FULL + 8 * do_ring.stage;
       do_place.load_rows<Tiles::V_BOXES, Tiles::QUERY_BOX>(maps.dout, base + Tiles::DO + do_ring.stage * Tiles::DO_BYTES, row, full, Tiles::ROW_BYTES);
       load_bytes(base + Tiles::D + do_ring.stage * Tiles::ROW_BYTES, problem.row_d + first_row + tile * QUERY_TILE, Tiles::ROW_BYTES, full);
       do_ring.advance();
