@@ -74,7 +74,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     choice.add_argument("--causal", choices=("both", "causal", "full"), default="both", help="with a causal mask, without, or both (default)")
     choice.add_argument("--peers", type=words(tuple(PEERS)), metavar="LIST", help=f"any of {','.join(PEERS)}; cuflash always runs")
     choice.add_argument("--rounds", type=int, default=9, help="rounds over the contenders at each point (default 9)")
-    choice.add_argument("--batch-ms", type=float, metavar="MS", help="least time of a batch of calls (default 5, of JAX 20); in 100 a GPU's clock settles")
+    choice.add_argument("--batch-ms", type=float, metavar="MS", help="least time of a batch of calls (default 5, of JAX 20); in long ones clocks are lower")
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write everything measured as JSON")
     output.add_argument("--plots", metavar="DIR", help="draw speed and memory against length as PNG files (needs matplotlib)")
@@ -136,7 +136,7 @@ def measure_point(point: Point, peers: dict[str, Peer], rounds: int, batch_ms: f
                 raise ArithmeticError(f"wrong result, relative error {errors[name]:.1e}")
             if with_memory and peer.peak is not None:
                 peaks[name] = peak_bytes(peer, point, inputs)
-            least_seconds = batch_ms / 1e3 if batch_ms else measure.LEAST_SECONDS[peer.clock]
+            least_seconds = measure.LEAST_SECONDS[peer.clock] if batch_ms is None else batch_ms / 1e3
             ready[name] = measure.Contender(run, peer.seconds, least_seconds, peer.context)
         except Exception as error:
             row["failures"][name] = measure.describe(error)
@@ -183,7 +183,7 @@ def float32(options: argparse.Namespace) -> list[dict]:
 def million(options: argparse.Namespace) -> list[dict]:
     peers = load_peers(name for name in chosen_peers(options, everyone=False) if PEERS[name].clock == "events")
     points = grid(options.dtypes, options.head_dims or (64,), [MILLION], options.directions, options.masks, tokens=MILLION, width=1)
-    return [measure_point(point, peers, min(options.rounds, 3), with_memory=True) for point in points]
+    return [measure_point(point, peers, min(options.rounds, 3), options.batch_ms, with_memory=True) for point in points]
 
 
 def memory(options: argparse.Namespace) -> list[dict]:

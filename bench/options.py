@@ -1,30 +1,28 @@
 """``python -m bench.options``: what the options cost, bfloat16, beside the same call without them. Needs a GPU.
 
-16,384 tokens, heads x head dim = 2,048, random normal inputs, CUDA events, medians of rounds in turns, as a GPU's clock changes with what it does. Packed
+16,384 tokens, heads x head dim = 2,048, random normal inputs, CUDA events, medians of rounds in balanced orders (bench.measure). Packed
 sequences are compared with the sum of what each would cost alone at full occupancy: its share of a batch of as many sequences of its length as make up 16,384
 tokens; 64 query heads that share 8 key heads with 64 of each, 4,096 tokens. `--only` measures the lines whose names hold a text.
 """
 
 import argparse
-import statistics
 
 import ml_dtypes
 import numpy as np
 
 import cuflash
-from bench.measure import Contender, event_seconds
+from bench.measure import Contender, event_seconds, interleave, timing
 
 TOKENS, WIDTH, LENGTH, WINDOW = 16384, 2048, 4096, 1024
 LENGTHS = (512, 1024, 1536, 2048, 2048, 2560, 3072, 3584)
 
 
 def seconds(calls, rounds=9):
-    """The median over rounds of each call's time on the GPU, in turns."""
-    contenders = [Contender(call, event_seconds) for call in calls]
-    for contender in contenders:
-        contender.warm_up()
-    times = [[contender.time(contender.calls) / contender.calls for contender in contenders] for _ in range(rounds)]
-    return [statistics.median(own) for own in zip(*times)]
+    """The median over rounds of each call's time on the GPU."""
+    contenders = {str(number): Contender(call, event_seconds) for number, call in enumerate(calls)}
+    if failures := interleave(contenders, rounds):
+        raise RuntimeError(f"calls that failed: {failures}")
+    return [timing(contender)["seconds"] for contender in contenders.values()]
 
 
 def forward_and_backward(arrays, options):

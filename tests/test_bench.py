@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import __main__ as command
 from bench import measure, report
+from bench import options as timed
 from bench.peers import PEERS, TITLES
 from bench.points import Point, grid
 
@@ -148,6 +150,31 @@ def test_each_contender_comes_equally_often_at_each_place_and_after_each_other_o
     assert all(sum(order[place] == one for order in orders) == squares for place in range(count) for one in range(count))
     followed = Counter(pair for order in orders for pair in pairwise(order))
     assert followed == {(one, other): squares for one in range(count) for other in range(count) if one != other}
+
+
+@pytest.mark.parametrize("arguments, least_seconds", [([], 5e-3), (["--batch-ms", "100"], 0.1)])
+def test_a_batch_of_calls_lasts_as_long_as_asked_for(monkeypatch, arguments, least_seconds):
+    found = []
+    monkeypatch.setattr(measure, "make_inputs", lambda point: ())
+    monkeypatch.setattr(measure, "expected_results", lambda point, inputs: [])
+    monkeypatch.setattr(measure, "release_memory", lambda: None)
+    monkeypatch.setattr(measure, "largest_error", lambda results, expected: 0.0)
+    monkeypatch.setattr(measure, "interleave", lambda ready, rounds: found.extend(ready.values()) or dict.fromkeys(ready, "not run"))
+    peer = SimpleNamespace(takes=lambda point: True, prepare=lambda point, inputs: None, results=lambda run: [])
+    peer.seconds, peer.context, peer.clock, peer.peak = None, None, "events", None
+    monkeypatch.setattr(command, "load_peers", lambda names: {"cuflash": peer})
+    for section in (command.speed, command.float32, command.million):
+        section(command.arguments(arguments))
+    assert found and {contender.least_seconds for contender in found} == {least_seconds}
+
+
+def test_options_are_timed_in_balanced_orders(monkeypatch):
+    called = []
+    monkeypatch.setattr(timed, "event_seconds", lambda run, calls: run())
+    assert timed.seconds([lambda: called.append("with") or 1.0, lambda: called.append("without") or 2.0], rounds=2) == [1.0, 2.0]
+    assert called[-4:] == ["with", "without", "without", "with"]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        timed.seconds([lambda: 1.0, lambda: (_ for _ in ()).throw(ValueError("no kernel"))])
 
 
 def test_median_ignores_one_slow_round():
