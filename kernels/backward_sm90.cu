@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       arrive(Tiles::V_EMPTY);
     }
     float* dq_target = nullptr;   // of the tile before
-    int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(block, first_tile, base));
+    int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ || IN_ORDER ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(problem, block, first_tile, base));
 
 #pragma unroll 1
     for (int head = 0; head < problem.heads_per_block; ++head) {
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
 
 #pragma unroll 1
       for (int step = first_tile * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
-        const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : next_tile, part = step % Tiles::PARTS;
+        const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : IN_ORDER ? block.tile_in_order(problem, step / Tiles::PARTS) : next_tile, part = step % Tiles::PARTS;
         // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
         // takes Sᵀ of the tile after it from whatever lies there; neither is used.
         const bool follows = Tiles::PARTS > 1 ? dq_target != nullptr : step > first_tile || head > 0;   // the former takes fewer registers
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         }
         dq_target = MAKES_DQ ? problem.dq_sum + (i64)(slot->sum_row + head * problem.padded_queries + tile * QUERY_TILE) * HEAD_DIM : dq_sum_row(problem, first_row + tile * QUERY_TILE, HEAD_DIM);
         dq_head = head, dq_tile = tile;
-        if (!MAKES_DQ) next_tile = tile + 1 < last_tile ? tile + 1 : first_tile;
+        if (!MAKES_DQ && !IN_ORDER) next_tile = tile + 1 < last_tile ? tile + 1 : first_tile;
         wgmma_wait<0>();
         pin(p[0]);
       }

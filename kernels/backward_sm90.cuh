@@ -36,8 +36,9 @@ template <typename Make> __device__ __forceinline__ void make_barriers(Make make
 // a block begins where another one is, and goes around. The thread that makes the barriers:
 template <typename Tiles> __device__ __forceinline__ void begin_walk(const Problem& problem, u32 base) { store_shared(base + Tiles::BEGIN, problem.walked_to ? load_relaxed(problem.walked_to) : 0); }
 
-template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinline__ int tile_of_walk(const Block& block, int step, u32 base) {
-  if constexpr (Block::WRAPS && !IN_ORDER) return block.tile_from(load_shared(base + Tiles::BEGIN), step);
+template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinline__ int tile_of_walk(const Problem& problem, const Block& block, int step, u32 base) {
+  if constexpr (IN_ORDER) return block.tile_in_order(problem, step);
+  else if constexpr (Block::WRAPS) return block.tile_from(load_shared(base + Tiles::BEGIN), step);
   else return step;
 }
 
@@ -58,7 +59,7 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
     const BoxPlace q_place(problem.q, place), do_place(problem.dout, place);
 #pragma unroll 1
     for (int step = block.first_tile; step < block.last_tile; ++step) {
-      const int tile = tile_of_walk<Tiles, IN_ORDER>(block, step, base);
+      const int tile = tile_of_walk<Tiles, IN_ORDER>(problem, block, step, base);
       if (QUERIES && problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
       if constexpr (QUERIES) {
@@ -81,26 +82,33 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 }
 
 // The block's turns at dq_sum, one query tile after the other: add(row, wait, done) is to call wait() before it adds to the tile whose padded rows begin at `row`, and
-// done() when that has come about. A key block adds to a tile once that of the next keys has (if it sees the tile), which began earlier (LAST_KEYS_FIRST), so that who
-// is waited for is under way. Under causal masks that one is a tile ahead even if both begin together, as each begins with the first queries that see its keys: where
-// the longest blocks began first, each would have to wait for the one before, and as that takes longer, its successor anew. row_turn: one more than who was last.
+// done() when that has come about. A key block adds to a tile once that of the next keys has (if it sees the tile), which began earlier, so that who is waited for is
+// under way. Under causal masks that one is a tile ahead even if both begin together, as each begins with the first queries that see its keys. But so the longest
+// blocks begin last, and most of the GPU has nothing to do when they end. So at the last few heads (ordered_last_first) it is the other way round: the first keys come
+// first, each walks from the last tile down, and waits for the block of the keys before: a tile for each that runs at the same time, as that one has more to do.
+// row_turn: one more than who was last.
 // `part`: of those who add to a tile apart from each other.
 template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline__ void take_turns(const Problem& problem, int part, Add add) {
-  int first, last, begin_of_next;   // of query tiles
+  int tile, step, tiles, free;   // the first query tile, in which direction, how many, and how many of them nobody adds to before this block
   u32 row, turn;
   {
     const Block block(problem, block_index_again());
     if (!block.exists()) return;
-    first = block.first_tile, last = block.last_tile, begin_of_next = block.begin_of_next(), turn = block.slot.tile + 1;
+    const bool up = block.last_keys_first(problem);
+    tiles = block.last_tile - block.first_tile, turn = block.slot.tile + 1;
+    tile = up ? block.first_tile : block.last_tile - 1, step = up ? 1 : -1;
+    free = up ? block.begin_of_next() - block.first_tile : block.last_tile - block.end_of_previous();
     row = block.sequence.padded_row(problem, block.place);
-    if (problem.sequences && problem.row_turn[OFFSETS_DESCEND]) begin_of_next = last;   // the sums are of no use then, and nobody may be there to wait for
+    if (problem.sequences && problem.row_turn[OFFSETS_DESCEND]) free = tiles;   // the sums are of no use then, and nobody may be there to wait for
   }
+  const u32 before = turn + step;
+  row += tile * QUERY_TILE;
   for (int head = 0; head < problem.heads_per_block; ++head, row += problem.padded_queries) {
 #pragma unroll 1
-    for (int tile = first; tile < last; ++tile) {
-      const u32 tile_row = row + tile * QUERY_TILE;
+    for (int i = 0; i < tiles; ++i) {
+      const u32 tile_row = row + i * step * QUERY_TILE;
       u32* row_turn = problem.row_turn + tile_row + part;
-      add(tile_row, [&] { if (tile >= begin_of_next) wait_for_value(row_turn, turn + 1); }, [&] { store_release(row_turn, turn); });
+      add(tile_row, [&] { if (i >= free) wait_for_value(row_turn, before); }, [&] { store_release(row_turn, turn); });
     }
   }
 }

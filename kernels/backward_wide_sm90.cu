@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
   auto walk = [&](auto boxes, int first_box, auto start, auto own, auto done) {
     constexpr int BOXES = decltype(boxes)::value;
     constexpr bool ROOM = HEAD_DIM < 256;   // for the next tile's first product beside dQ
-    auto tile_at = [&](int step) { return tile_of_walk<Tiles, IN_ORDER>(block, step, base); };
+    auto tile_at = [&](int step) { return tile_of_walk<Tiles, IN_ORDER>(problem, block, step, base); };
     float* dq_target = nullptr;
     if (block.first_tile < block.last_tile) {
       start(true, tile_at(block.first_tile));

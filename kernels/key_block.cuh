@@ -3,8 +3,8 @@
 #include "score.cuh"
 
 // Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
-// LAST_KEYS_FIRST: blocks begin in descending order of their keys.
-template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = false> struct KeyBlock {
+// IN_ORDER: blocks begin in descending order of their keys, at some heads in ascending order (last_keys_first).
+template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false> struct KeyBlock {
   Schedule schedule;
   Place place;    // of the first of the block's query heads; any of them finds the key head
   TileOfSequence slot;
@@ -41,7 +41,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = fals
   }
 
   __device__ __forceinline__ TileOfSequence slot_of(const Problem& problem) const {
-    const int tile = LAST_KEYS_FIRST ? tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE) - 1 - schedule.tile : schedule.tile;
+    const int tile = IN_ORDER && last_keys_first(problem) ? tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE) - 1 - schedule.tile : schedule.tile;
     return tile_of_slot<OPTIONS>(problem, problem.cu_k, problem.keys, KEY_TILE, tile);
   }
 
@@ -59,11 +59,16 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool LAST_KEYS_FIRST = fals
     const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
     return (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
   }
+  // IN_ORDER: blocks walk towards the queries that fewer key blocks see before them: from the first tile on where the last keys come first, else from the last one.
+  __device__ __forceinline__ bool last_keys_first(const Problem& problem) const { return (int)schedule.place < problem.ordered_last_first; }
+  __device__ __forceinline__ int tile_in_order(const Problem& problem, int step) const { return last_keys_first(problem) ? step : first_tile + last_tile - 1 - step; }
   // Of the block's query tiles the block of the next keys has those from here on.
   __device__ __forceinline__ int begin_of_next() const {
     const int next = first_key + KEY_TILE;
     return next < visible.keys ? min(first_tile_of(next), last_tile) : last_tile;
   }
+  // And the block of the keys before has those up to here.
+  __device__ __forceinline__ int end_of_previous() const { return first_key > 0 ? end_of_keys(first_key) : first_tile; }
 
   static constexpr bool IS_PACKED = (OPTIONS & PACKED) != 0;
   static __device__ __forceinline__ u32 slots(const Problem& problem, int keys) { return tile_slots<OPTIONS>(problem, keys, KEY_TILE); }

@@ -100,6 +100,7 @@ struct Problem {
   Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;
   int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
+  int ordered_last_first;       // backward in order: how many of the grid's places begin with their last keys; those after them, whole sweeps, with their first
 };
 
 template <typename Real> __device__ __forceinline__ const auto& factors(const Problem& problem) {

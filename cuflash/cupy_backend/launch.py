@@ -43,7 +43,7 @@ LAYOUT = numpy.dtype(
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
-    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4")],
+    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4"), ("ordered_last_first", "i4")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -255,6 +255,16 @@ def sweep(problem, head_bytes, places, in_order=False, makes_dq=False):
         return 1
     least = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1
     return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes))))
+
+
+def sweeps_in_order(widest, places, key_tiles, device):
+    """Of backward in order under causal masks: how many heads are swept together, and how many heads come before those that begin with their first, longest
+    key blocks (take_turns in kernels/backward_sm90.cuh). The latter are the last sweep: some two key blocks a multiprocessor, or half of the heads. With fewer, some
+    multiprocessors end with the longest key blocks of the others; with more, key blocks wait for each other."""
+    wanted = min(tiles.BLOCKS_FIRST_KEYS_FIRST * multiprocessors(device) / key_tiles, places / 2)
+    widths = range(max(1, min(widest // 2, math.ceil(wanted))), widest + 1)
+    width = min(widths, key=lambda width: (abs(math.log((places % width or width) / wanted)), -width))
+    return width, (places - 1) // width * width or places
 
 
 def slots(problem, length, tile):
@@ -717,12 +727,15 @@ class BackwardPlan:
         if self.makes_dq:
             head_bytes //= max(1, problem.sequences)
         sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
+        last_keys_first = places // together
+        if self.in_order and not self.makes_dq and not in_parts and last_first(problem) and key_tiles:
+            sweep_heads, last_keys_first = sweeps_in_order(sweep_heads, places // together, key_tiles, device)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
-        numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, **rows, **grid}
+        numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)

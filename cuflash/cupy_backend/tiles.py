@@ -308,6 +308,8 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 8, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 8, 1, 1, 1, 1, query_gradient=False)],
     },
 }
+# Key blocks for each multiprocessor of those heads that, in backward in order, begin with their first keys: measured on an H200.
+BLOCKS_FIRST_KEYS_FIRST = 2
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
 # 96, (192, 128) and 192, and the tables for options and LONG_SUMS.
 FORWARD_SM90 = {
