@@ -41,12 +41,13 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   // same; and in order, of 128 queries, it is not done by warps that compute, as each tile has to wait for the key block before.
   static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
   static constexpr bool TWO_LOAD = !SLABS && !MAKES_DQ;   // queries and output gradients; of tiles of 64, where warps send their slabs too, one thread is faster
+  static constexpr bool HALVES = QUERY_TILE == 64 && !MAKES_DQ;   // the keys of the second warpgroup may see a tile less
   static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
   static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8 * K_STAGES;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS;
+  static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS, SKIPS = BEGIN + 4;
   static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8;
   // MAKES_DQ: more barriers, and what is known of two key blocks.
   static constexpr int K_EMPTY = ROWS, V_EMPTY = K_EMPTY + 8 * K_STAGES, TURN = MAKES_DQ ? V_EMPTY + 8 : ROWS + sizeof(GradientRows), ADDED = TURN + 16 * WARPGROUPS;
@@ -404,8 +405,28 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       if constexpr (MAKES_DQ) end_turn();
     };
 
+    float* dq_target = nullptr;   // of the tile before
+    // Under causal masks the second 64 keys see none of the first 64 queries: their warpgroup leaves zeros as its dSᵀ of the first tile and begins with the next.
+    constexpr bool HALVES = Tiles::HALVES && !(OPTIONS & BIAS_GRADIENT);
+    int skips = 0;
+    int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ || IN_ORDER ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(problem, block, first_tile, base));
     if (first_tile < last_tile) {
       barrier_wait(base + Tiles::K_FULL + 8 * k_stage, count / 2 % 2);
+      if constexpr (HALVES) {
+        skips = warpgroup & uniform(load_shared(base + Tiles::SKIPS));
+        if (skips) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) store_shared_16_bytes(base + Tiles::DS + 64 * 128 + (threadIdx.x % 128 + i * 128) * 16, make_uint4(0, 0, 0, 0));
+          fence_for_async_proxy();
+          __syncwarp();
+          arrive(Tiles::DS_FULL);
+          arrive(Tiles::DO_EMPTY);
+          arrive(Tiles::Q_EMPTY);
+          dq_target = dq_sum_row(problem, block.sequence.padded_row(problem, block.place) + first_tile * QUERY_TILE, HEAD_DIM);
+        }
+        ds_ring.stage = do_ring.stage = q_ring.stage = skips;
+        next_tile = uniform(next_tile + skips);
+      }
       if constexpr (CLEARS) {
         barrier_wait(base + Tiles::V_FULL, count % 2);
         const int seen = block.sequence.seen() - block.first_key;
@@ -425,8 +446,6 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       barrier_wait(base + Tiles::V_FULL, count % 2);
       arrive(Tiles::V_EMPTY);
     }
-    float* dq_target = nullptr;   // of the tile before
-    int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ || IN_ORDER ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(problem, block, first_tile, base));
 
 #pragma unroll 1
     for (int head = 0; head < problem.heads_per_block; ++head) {
@@ -437,7 +456,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       if constexpr ((OPTIONS & BIAS_GRADIENT) != 0) bias_gradient.begin_head(problem, place, block.sequence);
 
 #pragma unroll 1
-      for (int step = first_tile * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
+      for (int step = (first_tile + (head > 0 ? 0 : skips)) * Tiles::PARTS; step < last_tile * Tiles::PARTS; ++step) {
         const int tile = MAKES_DQ ? first_tile + last_tile - 1 - step / Tiles::PARTS : IN_ORDER ? block.tile_in_order(problem, step / Tiles::PARTS) : next_tile, part = step % Tiles::PARTS;
         // Branches around products would make the compiler wait for those under way. So the first tile takes a dQ from whatever lies there, and the last one
         // takes Sᵀ of the tile after it from whatever lies there; neither is used.

@@ -48,6 +48,10 @@ template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_S
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
   if (!block.exists() || block.first_tile >= block.last_tile) return;   // nobody would wait for the keys, and the block might end before they are there
+  if constexpr (Tiles::HALVES) {   // found here, as it is the same for whole warps, which the compiler knows of a word that they read
+    const bool up = tile_of_walk<Tiles, IN_ORDER>(problem, block, block.first_tile, base) == block.first_tile;
+    store_shared(base + Tiles::SKIPS, up && block.first_tile + 1 < block.last_tile && block.first_tile_of(block.first_key + 64) > block.first_tile);
+  }
   Place place = block.place;
   const int first_key = block.sequence.first_key + block.first_key;
   if (QUERIES) BoxPlace(problem.k, place).load_rows<Tiles::Q_BOXES, Tiles::KEY_BOX>(maps.k, base + Tiles::K, first_key, base + Tiles::K_FULL);

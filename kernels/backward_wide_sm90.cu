@@ -28,6 +28,7 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8;
   static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, BEGIN = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
   static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, SHARED_BYTES = ROWS + sizeof(GradientRows);
+  static constexpr bool HALVES = false;
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2};   // of each warpgroup
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
