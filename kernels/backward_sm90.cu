@@ -8,8 +8,9 @@
 // A block owns 128 keys of one key head and walks over the query tiles that see any of them, for each of the heads_per_block query heads that share the key
 // head. Warpgroups 0 and 1 own 64 keys each: products are taken transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that Pᵀ and dSᵀ pass from accumulators to
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
-// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies, or two do;
-// IN_ORDER two more see to it that dQ is added when it is the block's turn.
+// and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies, or two do
+// (TWO_LOAD); IN_ORDER two more see to it that dQ is added when it is the block's turn. CUT: some key blocks are cut into pieces (KeyBlock), of which the last to come has
+// the sum of their dK and dV (sum_of_pieces).
 //
 // MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
 // key blocks one after the other (key_blocks_sm90.cuh). The first key block that comes to a query tile stores its part of the sum, which nobody has to clear; the last
@@ -19,7 +20,7 @@
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K, MAKES_DQ of two key blocks | V | Q_STAGES x Q | DO_STAGES x dO | DS_STAGES x dSᵀ  128 keys x QUERY_TILE | SLABS: dQ of each warp, float32 | Q_STAGES x lse | DO_STAGES x D | barriers
-//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins | GradientRows, or MAKES_DQ: barriers, two KeyBlockSlots
+//   | BIAS_GRADIENT: of each warp, where its head's dBias begins | with which tile the walk begins, and HALVES: whether the second warpgroup begins a tile later | GradientRows, or MAKES_DQ: barriers, two KeyBlockSlots
 //
 // Order of waits, tile t, with Sᵀ(t) done: dO and D full -> dPᵀ issued -> Pᵀ, dV issued -> dPᵀ done -> place for dSᵀ empty, dSᵀ into memory -> dK issued ->
 // dV done, dO empty, dSᵀ full -> dSᵀ(t - 1) full, its dQ issued -> dK done, Q empty -> Q and lse (t + 1) full, Sᵀ(t + 1) issued -> dQ(t - 1) done and added, its dSᵀ empty
@@ -40,7 +41,8 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   // How dQ is added: wgmma of 64 columns leave too little of the shared memory's time for threads that add from registers, which MAKES_DQ are the faster ones all the
   // same; and in order, of 128 queries, it is not done by warps that compute, as each tile has to wait for the key block before.
   static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
-  static constexpr bool TWO_LOAD = !SLABS && !MAKES_DQ;   // queries and output gradients; of tiles of 64, where warps send their slabs too, one thread is faster
+  // Queries and output gradients have a loader each, but of tiles of 64, where warps send their slabs too and one is faster, and in order, as the other warps are taken.
+  static constexpr bool TWO_LOAD = !SLABS && !MAKES_DQ;
   static constexpr bool HALVES = QUERY_TILE == 64 && !MAKES_DQ;   // the keys of the second warpgroup may see a tile less
   static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
   static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
@@ -60,10 +62,11 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static_assert(QUERY_TILE % AT_ONCE == 0 && AT_ONCE % 32 == 0 && (QUERY_TILE == 128 || QUERY_TILE == 64) && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_COLUMNS == 64, "operands are whole boxes, and dQ is a slab for each warpgroup");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool MAKES_DQ>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int QUERY_TILE, int AT_ONCE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool MAKES_DQ, bool CUT = false>
 __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardSm90Tiles<HEAD_DIM, VALUE_DIM, QUERY_TILE, AT_ONCE, Q_STAGES, DO_STAGES, IN_ORDER, MAKES_DQ>;
-  using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE, IN_ORDER && !MAKES_DQ>;
+  static_assert(!CUT || (!IN_ORDER && !(OPTIONS & (WINDOW | PACKED | BIAS_GRADIENT))), "");
+  using Block = KeyBlock<OPTIONS, Tiles::KEY_TILE, QUERY_TILE, IN_ORDER && !MAKES_DQ, CUT>;
   using Slot = KeyBlockSlot<Block>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
@@ -108,12 +111,8 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     } else {
       if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-      if constexpr (Tiles::TWO_LOAD) {
-        if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, false>(problem, maps, base);
-        if (warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
-      } else if (warp == 0) {
-        load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
-      }
+      if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, !Tiles::TWO_LOAD>(problem, maps, base);
+      if (Tiles::TWO_LOAD && warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
       if constexpr (Tiles::WARPS_IN_ORDER) {
         // One thread gives the warps their turns, another one tells that all have added. It begins with a phase in which nobody adds, so that turns are given no
         // sooner than two tiles after the last one that was told of, and nobody misses a phase.
@@ -510,7 +509,6 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     };
     auto store_dk = [&] {
       if constexpr (MAKES_DQ) ds_ring.wait_empty(base + Tiles::DS_EMPTY);
-      else barrier_wait(base + Tiles::ROWS_FOUND, 0);
       store_key_gradient_of(dk, problem.dk, &GradientRows::dk, problem.scale);
     };
     auto store_dv = [&] { store_key_gradient_of(dv, problem.dv, &GradientRows::dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f); };
@@ -536,8 +534,11 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     } else if constexpr (MAKES_DQ) {
       arrive(Tiles::K_EMPTY + 8 * k_stage);
     }
-    store_dk();
-    store_dv();
+    if constexpr (!MAKES_DQ) barrier_wait(base + Tiles::ROWS_FOUND, 0);
+    const bool is_piece = Block::is_piece(problem, block_index_again());
+    const int warp = threadIdx.x / 32;
+    if (!is_piece || sum_of_pieces<Tiles::KEY_TILE, HEAD_DIM, VALUE_DIM>(problem, false, warp, lane, dk)) store_dk();
+    if (!is_piece || sum_of_pieces<Tiles::KEY_TILE, HEAD_DIM, VALUE_DIM>(problem, true, warp, lane, dv)) store_dv();
   };
 
   if constexpr (MAKES_DQ) {

@@ -163,6 +163,31 @@ template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_fo
   return *(const GradientRows*)(shared + Tiles::ROWS);
 }
 
+// dK or dV of a key block that is cut: each piece adds what it has to sums that begin as 0, in the order of its registers, but for the one that comes last, which gets
+// theirs; true there. By each warp on its own; `warp`: of those that have the gradient, 16 rows each.
+template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __forceinline__ bool sum_of_pieces(const Problem& problem, bool of_values, int warp, int lane, float (&d)[COUNT][4]) {
+  const u32 cut = (block_index_again() - problem.cut_from) / problem.pieces, others = problem.pieces - 1;
+  u32* word = problem.row_turn + PIECES_COME + (cut * 2 + of_values) * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
+  float* sums = problem.partial_out + cut * (KEY_TILE * (HEAD_DIM + VALUE_DIM)) + (of_values ? KEY_TILE * HEAD_DIM : 0) + warp * COUNT * 128 + lane * 4;
+  u32 before = 0;
+  if (lane == 0) before = add_acquire(word, 1) % 0x10000;
+  const bool last = uniform(before) == others;
+  if (!last) {
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) reduce_add(sums + n * 128, d[n]);
+    __syncwarp();
+    if (lane == 0) add_release(word, 0x10000);
+    return false;
+  }
+  while (uniform(load_acquire(word)) / 0x10000 < others);   // most have long since
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) {
+    const float4 x = __ldcg((const float4*)(sums + n * 128));
+    d[n][0] += x.x, d[n][1] += x.y, d[n][2] += x.z, d[n][3] += x.w;
+  }
+  return true;
+}
+
 // dK or dV from the accumulators; where the host sums parts, as float32 rows as wide as the kernel's. `to`: the block's first row; `row`: the lane's first, of the block.
 // `scratch`: 2 KiB of shared memory that nobody else needs any more, or 0. WHOLE: the host knows that there is one, and that rows of 16-bit numbers are whole chunks.
 template <int PRECISION, int OPTIONS, bool WHOLE = false, int COUNT>

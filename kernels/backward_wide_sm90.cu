@@ -33,11 +33,12 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0, "operands are whole boxes");
 };
 
-template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES, int DO_STAGES, bool IN_ORDER>
+template <int PRECISION, int HEAD_DIM, int VALUE_DIM, int OPTIONS, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool CUT = false>
 __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_constant__ Problem problem, const __grid_constant__ BackwardTensorMaps maps) {
   using Tiles = BackwardWideSm90Tiles<HEAD_DIM, VALUE_DIM, Q_STAGES, DO_STAGES>;
   using Element = typename ElementOf<PRECISION>::type;
-  using Block = KeyBlock<OPTIONS, 64, 64, IN_ORDER>;
+  static_assert(!CUT || (!IN_ORDER && !(OPTIONS & (WINDOW | PACKED))), "");
+  using Block = KeyBlock<OPTIONS, 64, 64, IN_ORDER, CUT>;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared);
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -203,7 +204,8 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
           do_ring.advance();
         });
     const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
-    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
+    if (!Block::is_piece(problem, block_index_again()) || sum_of_pieces<64, HEAD_DIM, VALUE_DIM>(problem, true, warp, lane, dv))
+      store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dv, rows.dv, dv, OPTIONS & DROPOUT ? problem.keep_inverse : 1.0f, row, lane);
   } else {
     float dk[HEAD_DIM / 8][4] = {}, dp[8][4];
     if (block.first_tile < block.last_tile) {
@@ -260,6 +262,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
           q_ring.advance();
         });
     const GradientRows& rows = wait_for_gradient_rows<Tiles>(shared, base);
-    store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane);
+    if (!Block::is_piece(problem, block_index_again()) || sum_of_pieces<64, HEAD_DIM, VALUE_DIM>(problem, false, warp, lane, dk))
+      store_key_gradient<PRECISION, OPTIONS>(problem, rows, problem.dk, rows.dk, dk, problem.scale, row, lane);
   }
 }

@@ -4,7 +4,8 @@
 
 // Which keys a block owns, and which query tiles see them: it is worked out anew where it is needed, rather than kept in registers.
 // IN_ORDER: blocks begin in descending order of their keys, at some heads in ascending order (last_keys_first).
-template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false> struct KeyBlock {
+// CUT: where few key blocks, or the last of equal ones, would leave most of the GPU idle, these are cut, and a block of the grid has a piece of one.
+template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false, bool CUT = false> struct KeyBlock {
   Schedule schedule;
   Place place;    // of the first of the block's query heads; any of them finds the key head
   TileOfSequence slot;
@@ -14,9 +15,19 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false> stru
   int first_tile, last_tile;     // query tiles outside [first_tile, last_tile) see none of the keys
 
   __device__ __forceinline__ KeyBlock(const Problem& problem, u32 block)
-      : schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(slot_of(problem)), sequence(problem, place, slot.sequence),
+      : schedule(problem, whole(problem, block), tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE)), place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads), slot(slot_of(problem)), sequence(problem, place, slot.sequence),
         visible(problem, place, sequence), first_key(slot.tile * KEY_TILE) {
     find_tiles(problem);
+    if (CUT && is_piece(problem, block)) {
+      const int tiles = last_tile - first_tile, piece = (block - problem.cut_from) % problem.pieces;
+      last_tile = first_tile + tiles * (piece + 1) / problem.pieces;
+      first_tile += tiles * piece / problem.pieces;
+    }
+  }
+
+  static __device__ __forceinline__ bool is_piece(const Problem& problem, u32 block) { return CUT && block >= (u32)problem.cut_from; }
+  static __device__ __forceinline__ u32 whole(const Problem& problem, u32 block) {
+    return is_piece(problem, block) ? problem.cut_from + (block - problem.cut_from) / problem.pieces : block;
   }
 
   // The same in place, member by member: a thread that loads has few registers.

@@ -4,6 +4,7 @@
 
 constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
 constexpr int KEY_BLOCKS_TAKEN = 3;  // and the word that counts key blocks, where they are taken so
+constexpr int PIECES_COME = 4;       // where key blocks are cut, the words from here on count their pieces (sum_of_pieces)
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
@@ -60,7 +61,7 @@ struct Problem {
   u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); or null
   u32* walked_to;               // backward_sm90: a query tile that some block has lately come to, or anything; or null (begin_walk)
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up; its first rows_in_dq rows lie in dq
-  float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all
+  float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all; backward: sums of the pieces of key blocks
   float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Of float32 calls parts_words.cuh lies behind it
   const int* cu_q;              // packed sequences: where each starts, and at last where all end
@@ -100,6 +101,7 @@ struct Problem {
   Divisor by_sweep, by_last_sweep;   // by sweep_heads; and by how many heads the last sweep has
   Factors float64;
   int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
+  int cut_from, pieces;         // backward_sm90: the grid's key blocks from this one on are cut, as long as others, into so many pieces, each with some of the query tiles
   int ordered_last_first;       // backward in order: how many of the grid's places begin with their last keys; those after them, whole sweeps, with their first
 };
 

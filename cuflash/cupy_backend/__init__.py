@@ -108,12 +108,16 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
     sums = problem.lse_dtype
-    rows = cupy.empty((2 + (dsinks is not None) + plan.takes_turns, plan.rows), sums)
+    counts = plan.takes_turns or plan.pieces_shape is not None
+    rows = cupy.empty((2 + (dsinks is not None) + counts, plan.rows), sums)
     words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
     if dsinks is not None:
         words["row_sink"] = rows[2].data.ptr
-    if plan.takes_turns:
+    if counts:
         words["row_turn"] = rows[-1].data.ptr
+    if plan.pieces_shape is not None:
+        pieces = cupy.zeros(plan.pieces_shape, sums)
+        words["partial_out"] = pieces.data.ptr
     if plan.walks_together:
         walked_to = cupy.empty(1, cupy.uint32)
         words["walked_to"] = walked_to.data.ptr

@@ -43,7 +43,7 @@ LAYOUT = numpy.dtype(
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
-    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4"), ("ordered_last_first", "i4")],
+    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4"), ("cut_from", "i4"), ("pieces", "i4"), ("ordered_last_first", "i4")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -51,6 +51,7 @@ _pack_word = struct.Struct("Q").pack_into
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
+PIECES_COME, WORDS_OF_CUT_BLOCK = 4, 16  # where words that count pieces begin (kernels/problem.cuh), and how many a key block has (sum_of_pieces)
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
 MOST_COUNTED_KEYS = 2**22  # key blocks at a sum of dQ are counted in 16 bits (kernels/key_blocks_sm90.cuh)
@@ -265,6 +266,25 @@ def sweeps_in_order(widest, places, key_tiles, device):
     widths = range(max(1, min(widest // 2, math.ceil(wanted))), widest + 1)
     width = min(widths, key=lambda width: (abs(math.log((places % width or width) / wanted)), -width))
     return width, (places - 1) // width * width or places
+
+
+def cut_key_blocks(blocks, query_tiles, uneven, device):
+    """Where key blocks neither keep an order nor make dq: from which one on they are cut, and into how many pieces, each with some of the query tiles. Of equal blocks
+    those are, that do not fill all multiprocessors at the end; of uneven ones (causal masks) all, if they are few. In time, a piece is worth its tiles and some more.
+    """
+    own, more = multiprocessors(device), tiles.TILES_FOR_A_PIECE
+    last = blocks % own
+
+    def time(pieces):
+        longest = query_tiles / pieces + more
+        if uneven:
+            return max(longest, blocks * (query_tiles / 2 + pieces * more) / own)
+        return blocks // own * (query_tiles + more) + -(-last * pieces // own) * longest
+
+    pieces = min(range(1, max(1, min(tiles.MOST_PIECES, query_tiles)) + 1), key=time)
+    if time(pieces) > tiles.CUT_BELOW * time(1):
+        return blocks, 1
+    return 0 if uneven else blocks - last, pieces
 
 
 def slots(problem, length, tile):
@@ -727,7 +747,13 @@ class BackwardPlan:
         if self.makes_dq:
             head_bytes //= max(1, problem.sequences)
         sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
-        last_keys_first = places // together
+        key_blocks, pieces = places // together * key_tiles, 1
+        cut_from, last_keys_first = key_blocks, places // together
+        if (even or last_first(problem)) and not (self.takes_turns or problem.sequences or in_parts or bias_options or self.key_parts) and maps is not None:
+            cut_from, pieces = cut_key_blocks(key_blocks, -(-problem.query_length // main.query_tile), last_first(problem), device)
+            if self.rows < PIECES_COME + WORDS_OF_CUT_BLOCK * (key_blocks - cut_from):
+                cut_from, pieces = key_blocks, 1
+        self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims))
         if self.in_order and not self.makes_dq and not in_parts and last_first(problem) and key_tiles:
             sweep_heads, last_keys_first = sweeps_in_order(sweep_heads, places // together, key_tiles, device)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
@@ -736,6 +762,7 @@ class BackwardPlan:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
         numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
+        numbers |= {"cut_from": cut_from, "pieces": pieces}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
@@ -762,9 +789,10 @@ class BackwardPlan:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
             makes_dq = (True,) if self.makes_dq else ()
-            name = main.name(precision, dims, options | bias_options, self.takes_turns, *makes_dq)
+            cut = {"cut": True} if pieces > 1 else {}
+            name = main.name(precision, dims, options | bias_options, self.takes_turns, *makes_dq, **cut)
             shared_bytes = main.shared_bytes(dims, precision if in_parts else self.takes_turns, *makes_dq)
-            blocks = min(places // together * key_tiles, multiprocessors(device) if self.makes_dq else math.inf)
+            blocks = min(cut_from + (key_blocks - cut_from) * pieces, multiprocessors(device) if self.makes_dq else math.inf)
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)

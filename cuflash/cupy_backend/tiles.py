@@ -178,8 +178,8 @@ class BackwardSm90Tile(_Parameters):
         of_key_blocks = 8 * 17 + 16 + 2 * 256 if makes_dq else 24 + (8 * 8 if in_order and self.query_tile == 64 else 0)
         return rows * 2 + slabs + (self.query_stages + self.output_stages) * (4 * self.query_tile + 16) + 8 * (2 + 2 * 3 + 2 * 2 + 8 + 1 + 1) + of_key_blocks
 
-    def name(self, precision, dims, options, in_order, makes_dq=False):
-        return super().name(precision, dims, options, in_order, makes_dq)
+    def name(self, precision, dims, options, in_order, makes_dq=False, cut=False):
+        return super().name(precision, dims, options, in_order, makes_dq, *(cut,) * cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +188,9 @@ class BackwardWideSm90Tile(_Parameters):
     output_stages: int  # of dO
 
     kernel, threads, key_tile, query_tile = "backward_wide_sm90", 384, 64, 64
+
+    def name(self, precision, dims, options, in_order, cut=False):
+        return super().name(precision, dims, options, in_order, *(cut,) * cut)
 
     def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
@@ -310,6 +313,9 @@ BACKWARD = {
 }
 # Key blocks for each multiprocessor of those heads that, in backward in order, begin with their first keys: measured on an H200.
 BLOCKS_FIRST_KEYS_FIRST = 2
+# Key blocks are cut into as many pieces at most, and what one takes beside its query tiles is worth so many of them; not unless the whole should take that part of
+# its time at most. By trials on an H200.
+MOST_PIECES, TILES_FOR_A_PIECE, CUT_BELOW = 16, 6, 0.985
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
 # 96, (192, 128) and 192, and the tables for options and LONG_SUMS.
 FORWARD_SM90 = {
