@@ -689,8 +689,9 @@ IN_ORDER = SHORT_CALLS | {
 @pytest.mark.parametrize("shape", IN_ORDER)
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
 def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
-    """The block of the next keys comes first where it sees the same queries; where it sees none, nobody waits for it. Under causal masks, of half of so few heads
-    that of the keys before."""
+    """The block of the next keys comes first where it sees the same queries; where it sees none, nobody waits for it.
+
+    Under causal masks, at half of so few heads that of the keys before."""
     queries, keys, options = IN_ORDER[shape]
     q, k, v = arrays.normal(2, 3, queries, dims[0]), arrays.normal(2, 3, keys, dims[0]), arrays.normal(2, 3, keys, dims[1])
     check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, deterministic=True, **options)
@@ -698,6 +699,37 @@ def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
     assert all(plan.in_order and not plan.makes_dq for plan in plans)
     heads = {int(numpy.frombuffer(plan.main.argument, launch.LAYOUT)[0]["ordered_last_first"]) for plan in plans}
     assert heads == {3 if options.get("causal") else 6}
+
+
+IN_PIECES = {  # queries, keys, options
+    "full": (300, 300, ()),
+    "causal": (300, 300, ("causal",)),
+    "heads that share keys": (260, 1000, ("causal",)),
+    "keys that no query sees": (260, 700, ("causal", "offset")),
+    "rows and keys that take no part": (300, 350, ("causal", "offset", "q_lengths", "kv_lengths")),
+    "all changes": (300, 300, ("mask", "softcap", "alibi_slopes", "dropout")),
+    "long walks": (5000, 300, ()),
+}
+
+
+@pytest.mark.parametrize("cut", ["all", "the last two"])
+@pytest.mark.parametrize("shape", IN_PIECES)
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_backward_in_pieces(arrays, dims, shape, cut, long_calls, no_plans, monkeypatch):
+    """Key blocks that are cut have the sums of their pieces in dk and dv, some of which may have no query tile."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "cut_key_blocks", lambda blocks, query_tiles, uneven, device: (0, 3) if cut == "all" else (blocks - 2, 4))
+    queries, keys, names = IN_PIECES[shape]
+    heads = 1 if shape == "heads that share keys" else 3
+    q, k, v = arrays.normal(2, 3, queries, dims[0]), arrays.normal(2, heads, keys, dims[0]), arrays.normal(2, heads, keys, dims[1])
+    options = {}
+    for name in names:
+        if not (name == "softcap" and max(dims) > 128):  # these are not the sm90 family's
+            options |= option(name, arrays, (2,), 3, queries, keys)
+    check_backward(arrays.normal(2, 3, queries, dims[1]), q, k, v, roundings=8, **options)
+    (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+    if not (shape == "all changes" and max(dims) > 128):  # all these together are not the sm90 family's either
+        assert plan.pieces_shape is not None
 
 
 class TestDqMadeByKeyBlocks:

@@ -1,4 +1,4 @@
-"""Which key blocks begin with the last keys, and which heads with the first, where backward keeps an order under causal masks."""
+"""In which order key blocks begin where backward keeps one, and which of them are cut into pieces where it does not."""
 
 import pytest
 from support import cupy
@@ -9,12 +9,16 @@ if cupy is None:
 from cuflash.cupy_backend import launch
 
 
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+
+
 @pytest.mark.parametrize(
     ("widest", "places", "key_tiles"),
-    [(1, 8, 256), (2, 16, 128), (5, 32, 64), (11, 64, 32), (23, 128, 16), (40, 256, 8), (300, 1000, 4), (16, 16, 16), (2, 2, 1024), (5, 7, 64), (3, 3, 1), (10**4, 10**5, 1)],
+    [(1, 8, 256), (2, 16, 128), (5, 32, 64), (11, 64, 32), (23, 128, 16), (40, 256, 8), (300, 1000, 4), (16, 16, 16), (2, 2, 1024), (5, 7, 64), (3, 3, 1)],
 )
-def test_the_last_sweep_begins_with_the_longest_key_blocks(widest, places, key_tiles, monkeypatch):
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+def test_the_last_sweep_begins_with_the_longest_key_blocks(widest, places, key_tiles):
     width, last_keys_first = launch.sweeps_in_order(widest, places, key_tiles, 0)
     assert 1 <= width <= widest
     assert last_keys_first % width == 0  # whole sweeps
@@ -23,6 +27,24 @@ def test_the_last_sweep_begins_with_the_longest_key_blocks(widest, places, key_t
     assert first_keys_first == 1 or 1.3 < first_keys_first * key_tiles / 132 < 2.6 or first_keys_first == places // 2
 
 
-def test_a_head_alone_begins_with_its_last_keys(monkeypatch):
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+def test_a_head_alone_begins_with_its_last_keys():
     assert launch.sweeps_in_order(1, 1, 64, 0) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "query_tiles", "uneven", "cut_from", "pieces"),
+    [
+        (64, 64, False, 0, 2),  # 128 pieces
+        (16, 64, False, 0, 8),
+        (16, 64, True, 0, 11),
+        (2048, 256, False, 15 * 132, 7),  # 68 blocks are left, 476 pieces
+        (4096, 128, False, 31 * 132, 16),
+        (2048, 64, True, 2048, 1),  # the longest come first, and the others fill what they leave
+        (132, 256, False, 132, 1),  # as many as multiprocessors
+        (131, 256, False, 131, 1),
+        (2048, 8, False, 2048, 1),  # short walks
+        (1, 1, False, 1, 1),
+    ],
+)
+def test_key_blocks_are_cut_where_that_pays(blocks, query_tiles, uneven, cut_from, pieces):
+    assert launch.cut_key_blocks(blocks, query_tiles, uneven, 0) == (cut_from, pieces)

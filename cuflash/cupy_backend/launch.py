@@ -43,7 +43,8 @@ LAYOUT = numpy.dtype(
     + [(name, "f4") for name in ("keep_inverse", "scale", "score_unit", "score_unit_log2", "inverse_unit", "softcap_scale")]
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
-    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS), ("in_order", "i4"), ("cut_from", "i4"), ("pieces", "i4"), ("ordered_last_first", "i4")],
+    + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)]
+    + [(name, "i4") for name in ("in_order", "cut_from", "pieces", "ordered_last_first")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -259,9 +260,11 @@ def sweep(problem, head_bytes, places, in_order=False, makes_dq=False):
 
 
 def sweeps_in_order(widest, places, key_tiles, device):
-    """Of backward in order under causal masks: how many heads are swept together, and how many heads come before those that begin with their first, longest
-    key blocks (take_turns in kernels/backward_sm90.cuh). The latter are the last sweep: some two key blocks a multiprocessor, or half of the heads. With fewer, some
-    multiprocessors end with the longest key blocks of the others; with more, key blocks wait for each other."""
+    """Of backward in order under causal masks: how many heads are swept together, and how many come before those that begin with their first keys.
+
+    The latter are the last sweep (take_turns in kernels/backward_sm90.cuh), and begin with their longest key blocks: some two a multiprocessor, or half of the
+    heads. With fewer, some multiprocessors end with the longest of the others; with more, key blocks wait for each other.
+    """
     wanted = min(tiles.BLOCKS_FIRST_KEYS_FIRST * multiprocessors(device) / key_tiles, places / 2)
     widths = range(max(1, min(widest // 2, math.ceil(wanted))), widest + 1)
     width = min(widths, key=lambda width: (abs(math.log((places % width or width) / wanted)), -width))
@@ -269,8 +272,10 @@ def sweeps_in_order(widest, places, key_tiles, device):
 
 
 def cut_key_blocks(blocks, query_tiles, uneven, device):
-    """Where key blocks neither keep an order nor make dq: from which one on they are cut, and into how many pieces, each with some of the query tiles. Of equal blocks
-    those are, that do not fill all multiprocessors at the end; of uneven ones (causal masks) all, if they are few. In time, a piece is worth its tiles and some more.
+    """Where key blocks neither keep an order nor make dq: from which one on they are cut, and into how many pieces, each with some of the query tiles.
+
+    Of equal blocks those are, that do not fill all multiprocessors at the end; of uneven ones (causal masks) all, if they are few. In time, a piece is worth
+    its tiles and some more.
     """
     own, more = multiprocessors(device), tiles.TILES_FOR_A_PIECE
     last = blocks % own
@@ -281,7 +286,8 @@ def cut_key_blocks(blocks, query_tiles, uneven, device):
             return max(longest, blocks * (query_tiles / 2 + pieces * more) / own)
         return blocks // own * (query_tiles + more) + -(-last * pieces // own) * longest
 
-    pieces = min(range(1, max(1, min(tiles.MOST_PIECES, query_tiles)) + 1), key=time)
+    most = min(tiles.MOST_PIECES, query_tiles // tiles.LEAST_OF_A_PIECE)
+    pieces = min(range(1, max(1, most) + 1), key=time)
     if time(pieces) > tiles.CUT_BELOW * time(1):
         return blocks, 1
     return 0 if uneven else blocks - last, pieces

@@ -311,11 +311,11 @@ BACKWARD = {
         256: [BackwardTile(8, 1, 8, 32, 1, 1, 1, 1), BackwardTile(4, 1, 4, 8, 1, 1, 1, 1, query_gradient=False)],
     },
 }
-# Key blocks for each multiprocessor of those heads that, in backward in order, begin with their first keys: measured on an H200.
+# Key blocks for each multiprocessor of those heads that, in backward in order, begin with their first keys. By a simulation, and trials on an H200.
 BLOCKS_FIRST_KEYS_FIRST = 2
-# Key blocks are cut into as many pieces at most, and what one takes beside its query tiles is worth so many of them; not unless the whole should take that part of
-# its time at most. By trials on an H200.
-MOST_PIECES, TILES_FOR_A_PIECE, CUT_BELOW = 16, 6, 0.985
+# Key blocks are cut into as many pieces at most, of so many query tiles at least; what a piece takes beside these is worth so many more; and they are not cut
+# unless the whole should take that part of its time at most. By trials on an H200.
+MOST_PIECES, LEAST_OF_A_PIECE, TILES_FOR_A_PIECE, CUT_BELOW = 16, 4, 6, 0.985
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
 # 96, (192, 128) and 192, and the tables for options and LONG_SUMS.
 FORWARD_SM90 = {
