@@ -58,7 +58,7 @@ struct Problem {
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
-  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); or null
+  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); how many pieces of key blocks have (sum_of_pieces); or null
   u32* walked_to;               // backward_sm90: a query tile that some block has lately come to, or anything; or null (begin_walk)
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up; its first rows_in_dq rows lie in dq
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all; backward: sums of the pieces of key blocks
