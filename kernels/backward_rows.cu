@@ -2,7 +2,8 @@
 //
 //   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
-//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums
+//   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums,
+//                      where the host says so of each head's as soon as they are complete
 //
 // Where half of the sums lie in dq itself, a row of dQ takes half the place of its sums, so that those of query tile t go where the sums of tile t / 2 were: launches
 // of ever more tiles, each where those before it have read, put them all in their places (FinishInPlace in launch.py).
@@ -10,6 +11,8 @@
 // Eight lanes share a row, or some rows; a block of 256 threads takes 32 rows (backward_prepare: ROWS), and reads 16 bytes a lane where the rows allow it.
 #include "forward_rows.cuh"
 #include "parts_words.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/reduce.cuh"
 
 constexpr int LANES = 8;
 
@@ -150,6 +153,13 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, int QUERY_TILE> __global__ v
   const RowBlock<OPTIONS, QUERY_TILE> block(problem);
   const Place& place = block.place;
   const int lane = threadIdx.x % 32, rows = block.sequence.queries - block.first;
+#if __CUDA_ARCH__ >= 900   // elsewhere nobody asks for this kernel
+  if (problem.added_to_head) {   // the main kernel may be under way
+    if (threadIdx.x == 0) wait_for_at_least(problem.row_turn + place.flat(problem) * problem.padded_queries + HEAD_ADDED, problem.added_to_head);
+    __syncthreads();
+    if (blockIdx.x == gridDim.x - 1) wait_for_kernels_before();   // so that this kernel ends last
+  }
+#endif
   if (block.first < 0 || rows <= 0) return;
   const i64 first_row = block.sequence.first_query + block.first;
 #pragma unroll 1

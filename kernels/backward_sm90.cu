@@ -10,7 +10,7 @@
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies, or two do
 // (TWO_LOAD); IN_ORDER two more see to it that dQ is added when it is the block's turn. CUT: some key blocks are cut into pieces (KeyBlock), of which the last to come has
-// the sum of their dK and dV (sum_of_pieces).
+// the sum of their dK and dV (sum_of_pieces). Another thread of warpgroup 2 tells backward_finish_sm90 of what has been added (tell_of_heads).
 //
 // MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
 // key blocks one after the other (key_blocks_sm90.cuh). The first key block that comes to a query tile stores its part of the sum, which nobody has to clear; the last
@@ -43,14 +43,14 @@ template <int HEAD_DIM, int VALUE_DIM, int QUERY_TILE, int AT_ONCE, int Q_STAGES
   static constexpr bool SLABS = !MAKES_DQ && (IN_ORDER || QUERY_TILE == 64);
   // Queries and output gradients have a loader each, but of tiles of 64, where warps send their slabs too and one is faster, and in order, as the other warps are taken.
   static constexpr bool TWO_LOAD = !SLABS && !MAKES_DQ;
-  static constexpr bool HALVES = QUERY_TILE == 64 && !MAKES_DQ;   // the keys of the second warpgroup may see a tile less
+  static constexpr bool HALVES = QUERY_TILE == 64 && !MAKES_DQ;   // the keys of the second warpgroup may be seen by a tile less
   static constexpr int K_STAGES = MAKES_DQ ? 2 : 1, K_BYTES = Q_BOXES * KEY_BOX;   // the keys of the next block come while dK and dV of this one are written
   static constexpr int K = 0, V = K_STAGES * K_BYTES, Q = V + V_BOXES * KEY_BOX, DO = Q + Q_STAGES * Q_BYTES, DS = DO + DO_STAGES * DO_BYTES, SLAB = DS + DS_STAGES * DS_BYTES;
   static constexpr int SLAB_BYTES = 16 * 64 * 4, LSE = SLAB + SLABS * WARPGROUPS * 4 * SLAB_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8 * K_STAGES;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
   static constexpr int SLAB_FULL = DS_EMPTY + 8 * DS_STAGES, SLAB_EMPTY = SLAB_FULL + 8 * WARPGROUPS, BIAS = SLAB_EMPTY + 8 * WARPGROUPS, BEGIN = BIAS + 8 * 4 * WARPGROUPS, SKIPS = BEGIN + 4;
-  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8;
+  static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, ALL_ADDED = SLAB_FULL;   // without order: a warpgroup has added all it had to dQ
   // MAKES_DQ: more barriers, and what is known of two key blocks.
   static constexpr int K_EMPTY = ROWS, V_EMPTY = K_EMPTY + 8 * K_STAGES, TURN = MAKES_DQ ? V_EMPTY + 8 : ROWS + sizeof(GradientRows), ADDED = TURN + 16 * WARPGROUPS;
   static constexpr int SLOT_FULL = ADDED + 16 * WARPGROUPS, SLOT_EMPTY = SLOT_FULL + 16, WANTED = SLOT_EMPTY + 16, ROLES = WANTED + 8, SLOTS = ROLES + 8 * WARPGROUPS;
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (threadIdx.x % 32) return;
+    let_next_kernel_begin();   // which waits for what it needs
     if constexpr (MAKES_DQ) {
       static_assert(Q_STAGES == 2 && DO_STAGES == 2, "");
       if (warp == 3) {
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
       }
     } else {
       if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
+      if (!IN_ORDER && warp == 2) tell_of_heads<Block>(problem, [&] { barrier_wait(base + Tiles::ALL_ADDED, 0), barrier_wait(base + Tiles::ALL_ADDED + 8, 0); });
       if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, !Tiles::TWO_LOAD>(problem, maps, base);
       if (Tiles::TWO_LOAD && warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
       if constexpr (Tiles::WARPS_IN_ORDER) {
@@ -405,8 +407,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     };
 
     float* dq_target = nullptr;   // of the tile before
-    // Under causal masks the second 64 keys see none of the first 64 queries: their warpgroup leaves zeros as its dSᵀ of the first tile and begins with the next.
+    // Under causal masks the first 64 queries see none of the second 64 keys, whose warpgroup leaves zeros as its dSᵀ of the first tile and begins with the next.
     constexpr bool HALVES = Tiles::HALVES && !(OPTIONS & BIAS_GRADIENT);
+    static_assert(!HALVES || (Q_STAGES > 1 && DO_STAGES > 1), "it begins with the second stage of each ring");
     int skips = 0;
     int dq_head = 0, dq_tile = 0, next_tile = MAKES_DQ || IN_ORDER ? 0 : uniform(tile_of_walk<Tiles, IN_ORDER>(problem, block, first_tile, base));
     if (first_tile < last_tile) {
@@ -538,6 +541,11 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const bool is_piece = Block::is_piece(problem, block_index_again());
     const int warp = threadIdx.x / 32;
     if (!is_piece || sum_of_pieces<Tiles::KEY_TILE, HEAD_DIM, VALUE_DIM>(problem, false, warp, lane, dk)) store_dk();
+    if constexpr (!IN_ORDER) {
+      if (Tiles::SLABS && lane == 0 && problem.added_to_head) wait_until_added();
+      __syncwarp();
+      arrive(Tiles::ALL_ADDED + 8 * warpgroup);
+    }
     if (!is_piece || sum_of_pieces<Tiles::KEY_TILE, HEAD_DIM, VALUE_DIM>(problem, true, warp, lane, dv)) store_dv();
   };
 

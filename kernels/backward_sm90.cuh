@@ -1,7 +1,9 @@
-// What the backward kernels of the sm90 family share: their loader, and how dK and dV are written.
+// What the backward kernels of the sm90 family share: their loader, the turns of blocks that keep an order, how dK and dV are summed over pieces and written, and who is
+// told that dQ has been added.
 #pragma once
 #include "forward_rows.cuh"
 #include "key_block.cuh"
+#include "ptx/dependent_launch.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/wgmma.cuh"
 #include "ring.cuh"
@@ -48,7 +50,7 @@ template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_S
 __device__ __forceinline__ void load_for_key_block(const Problem& problem, const BackwardTensorMaps& maps, u32 base) {
   const Block block(problem, blockIdx.x);
   if (!block.exists() || block.first_tile >= block.last_tile) return;   // nobody would wait for the keys, and the block might end before they are there
-  if constexpr (Tiles::HALVES) {   // found here, as it is the same for whole warps, which the compiler knows of a word that they read
+  if constexpr (Tiles::HALVES) {   // found here: what warps read and hand to uniform() the compiler keeps in uniform registers, but not what they would work out
     const bool up = tile_of_walk<Tiles, IN_ORDER>(problem, block, block.first_tile, base) == block.first_tile;
     store_shared(base + Tiles::SKIPS, up && block.first_tile + 1 < block.last_tile && block.first_tile_of(block.first_key + 64) > block.first_tile);
   }
@@ -87,10 +89,10 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 
 // The block's turns at dq_sum, one query tile after the other: add(row, wait, done) is to call wait() before it adds to the tile whose padded rows begin at `row`, and
 // done() when that has come about. A key block adds to a tile once that of the next keys has (if it sees the tile), which began earlier, so that who is waited for is
-// under way. Under causal masks that one is a tile ahead even if both begin together, as each begins with the first queries that see its keys. But so the longest
-// blocks begin last, and most of the GPU has nothing to do when they end. So at the last few heads (ordered_last_first) it is the other way round: the first keys come
-// first, each walks from the last tile down, and waits for the block of the keys before: a tile for each that runs at the same time, as that one has more to do.
-// row_turn: one more than who was last.
+// under way. Under causal masks that one is a tile ahead even if both begin together, as each begins with the first queries that see its keys. But the longest blocks
+// are the last to begin then, and while they end most of the GPU has nothing to do. So at the last few heads (ordered_last_first) it is the other way round: blocks
+// begin in ascending order of their keys, walk from the last tile down, and add to a tile once that of the keys before has. Where two begin together the second one is
+// a tile behind all the way. row_turn: one more than who was last.
 // `part`: of those who add to a tile apart from each other.
 template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline__ void take_turns(const Problem& problem, int part, Add add) {
   int tile, step, tiles, free;   // the first query tile, in which direction, how many, and how many of them nobody adds to before this block
@@ -127,6 +129,21 @@ template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinli
     ring.advance();
     done();   // waits for what was added, so that no warp that computes has to
   });
+}
+
+// backward_finish_sm90 begins while the last key blocks are under way, at heads that are done: a thread that has nothing else to do counts, in a word of each of the
+// block's heads, that the block has added all it had to their sums, once wait() says so. A piece counts once, a whole block as often as there are pieces in one.
+template <typename Block, typename Wait> __device__ __forceinline__ void tell_of_heads(const Problem& problem, Wait wait) {
+  if (!problem.added_to_head) return;
+  u32* word;
+  u32 count;
+  {
+    const u32 index = block_index_again();
+    const Block block(problem, index);
+    word = problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
+  }
+  wait();
+  for (int head = 0; head < problem.heads_per_block; ++head) add_release(word + head * problem.padded_queries, count);   // what the warps have added too
 }
 
 // Where the block's rows of dK and dV begin, how many of them exist, and how many take part.
@@ -167,7 +184,7 @@ template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_fo
 // theirs; true there. By each warp on its own; `warp`: of those that have the gradient, 16 rows each.
 template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __forceinline__ bool sum_of_pieces(const Problem& problem, bool of_values, int warp, int lane, float (&d)[COUNT][4]) {
   const u32 cut = (block_index_again() - problem.cut_from) / problem.pieces, others = problem.pieces - 1;
-  u32* word = problem.row_turn + PIECES_COME + (cut * 2 + of_values) * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
+  u32* word = problem.row_turn + cut * 64 + PIECES_COME + of_values * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
   float* sums = problem.partial_out + cut * (KEY_TILE * (HEAD_DIM + VALUE_DIM)) + (of_values ? KEY_TILE * HEAD_DIM : 0) + warp * COUNT * 128 + lane * 4;
   u32 before = 0;
   if (lane == 0) before = add_acquire(word, 1) % 0x10000;
@@ -180,10 +197,12 @@ template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __for
     return false;
   }
   while (uniform(load_acquire(word)) / 0x10000 < others);   // most have long since
+  __syncwarp();
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
     const float4 x = __ldcg((const float4*)(sums + n * 128));
     d[n][0] += x.x, d[n][1] += x.y, d[n][2] += x.z, d[n][3] += x.w;
+    if (n % 8 == 7) keep_memory_here();   // there are no registers for all of them at once
   }
   return true;
 }

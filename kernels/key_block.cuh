@@ -32,6 +32,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false, bool
 
   // The same in place, member by member: a thread that loads has few registers.
   __device__ __forceinline__ void set(const Problem& problem, u32 block) {
+    static_assert(!CUT, "it would be a whole one");
     schedule = Schedule(problem, block, tile_slots<OPTIONS>(problem, problem.keys, KEY_TILE));
     keep_memory_here();
     place = Place(problem, flat_place(problem, schedule.place), problem.grid_heads, problem.by_grid_heads);

@@ -14,7 +14,7 @@ if cupy is None:
     pytest.skip("needs CuPy", allow_module_level=True)
 
 from cuflash import cupy_backend, reference, repeat
-from cuflash.cupy_backend import launch, tiles
+from cuflash.cupy_backend import driver, launch, tiles
 from cuflash.problem import make_problem
 
 pytestmark = pytest.mark.gpu
@@ -730,6 +730,58 @@ def test_backward_in_pieces(arrays, dims, shape, cut, long_calls, no_plans, monk
     (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
     if not (shape == "all changes" and max(dims) > 128):  # all these together are not the sm90 family's either
         assert plan.pieces_shape is not None
+
+
+class TestDqBesideTheLastKeyBlocks:
+    """dQ of heads that are done is made while key blocks of others are under way."""
+
+    @pytest.fixture
+    def backward(self, head_dim, seed, long_calls, no_plans):
+        """Some 512 key blocks, more than run at the same time."""
+        needs_sm90()
+        arrays = Arrays(cupy, "bfloat16", seed)
+        q, k, v = arrays.qkv(700, 1000 if head_dim < 256 else 500, head_dim, lead=(4, 16))
+        dout = arrays.normal(4, 16, 700, head_dim)
+        out, lse = cuflash.attention_forward(q, k, v)
+        return lambda: cuflash.attention_backward(dout, q, k, v, out, lse)
+
+    @staticmethod
+    def in_turn(backward, monkeypatch):
+        """What it gives with a driver that launches one kernel after the other."""
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_launch", lambda: None)
+            return backward()
+
+    @staticmethod
+    def assert_equal(gradients, expected):
+        """But for the order of sums: what is added too late is much more than that."""
+        for actual, wanted in zip(gradients, expected):
+            actual, wanted = (x.astype(cupy.float32) for x in (actual, wanted))
+            assert float(abs(actual - wanted).max()) <= 2.0**-7 * float(abs(wanted).max())
+
+    @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+    def test_it_waits_for_its_head(self, backward, no_plans, monkeypatch):
+        expected = self.in_turn(backward, monkeypatch)
+        for _ in range(100):
+            self.assert_equal(backward(), expected)
+        (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
+        assert plan.overlaps and plan.finish.overlaps
+
+    @pytest.mark.parametrize("head_dim", [128])
+    def test_in_a_graph(self, backward, monkeypatch):
+        expected = self.in_turn(backward, monkeypatch)
+        pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+        with cupy.cuda.using_allocator(pool.malloc), stream:
+            backward()
+            stream.begin_capture()
+            gradients = backward()
+            graph = stream.end_capture()
+            for _ in range(10):
+                for gradient in gradients:
+                    gradient.fill(0)
+                graph.launch(stream)
+                stream.synchronize()
+                self.assert_equal(gradients, expected)
 
 
 class TestDqMadeByKeyBlocks:

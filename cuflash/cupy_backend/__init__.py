@@ -108,12 +108,11 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
     sums = problem.lse_dtype
-    counts = plan.takes_turns or plan.pieces_shape is not None
-    rows = cupy.empty((2 + (dsinks is not None) + counts, plan.rows), sums)
+    rows = cupy.empty((2 + (dsinks is not None) + plan.counts, plan.rows), sums)
     words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
     if dsinks is not None:
         words["row_sink"] = rows[2].data.ptr
-    if counts:
+    if plan.counts:
         words["row_turn"] = rows[-1].data.ptr
     if plan.pieces_shape is not None:
         pieces = cupy.zeros(plan.pieces_shape, sums)

@@ -15,7 +15,7 @@ import struct
 import cupy
 import numpy
 
-from cuflash.cupy_backend import modules, tensormap, tiles
+from cuflash.cupy_backend import driver, modules, tensormap, tiles
 from cuflash.philox import STEPS
 
 log = logging.getLogger("cuflash")
@@ -44,7 +44,7 @@ LAYOUT = numpy.dtype(
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
     + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)]
-    + [(name, "i4") for name in ("in_order", "cut_from", "pieces", "ordered_last_first")],
+    + [(name, "i4") for name in ("in_order", "cut_from", "pieces", "added_to_head", "ordered_last_first")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -52,7 +52,7 @@ _pack_word = struct.Struct("Q").pack_into
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
-PIECES_COME, WORDS_OF_CUT_BLOCK = 4, 16  # where words that count pieces begin (kernels/problem.cuh), and how many a key block has (sum_of_pieces)
+WORDS_OF_CUT_BLOCK = 64  # of row_turn (PIECES_COME in kernels/problem.cuh)
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
 MOST_COUNTED_KEYS = 2**22  # key blocks at a sum of dQ are counted in 16 bits (kernels/key_blocks_sm90.cuh)
@@ -68,12 +68,13 @@ MASK_READ_AHEAD = 192  # bits behind a row's last column that kernels may read: 
 class Launch:
     """One kernel with everything but its pointers."""
 
-    def __init__(self, kernel, blocks, threads, shared_bytes, argument, maps=None, counts=False, mapped=("q", "k", "v")):
+    def __init__(self, kernel, blocks, threads, shared_bytes, argument, maps=None, counts=False, mapped=("q", "k", "v"), overlaps=False):
         if blocks >= 2**31:
             raise ValueError(f"the call needs {blocks} blocks of a GPU's grid; allowed: fewer than 2**31. Split the batch")
         self.kernel, self.grid, self.block, self.shared_bytes, self.argument = kernel, (blocks,), (threads,), shared_bytes, argument
         # sm90: TensorMaps, and what finds the addresses they are of; whether blocks count the tiles they take
         self.maps, self.mapped, self.counts = maps, operator.itemgetter(*mapped), counts
+        self.overlaps = overlaps  # with the kernel before it
 
     def __call__(self, words):
         argument = bytearray(self.argument)
@@ -82,7 +83,10 @@ class Launch:
         arguments = (numpy.frombuffer(argument, _PASSED),)
         if self.maps is not None:
             arguments += (self.maps(self.mapped(words)),)
-        self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
+        if self.overlaps:
+            driver.launch_overlapping(self.kernel, *self.grid, *self.block, arguments, self.shared_bytes)
+        else:
+            self.kernel(self.grid, self.block, arguments, shared_mem=self.shared_bytes)
 
 
 def _range_of_sums(problem):
@@ -757,7 +761,7 @@ class BackwardPlan:
         cut_from, last_keys_first = key_blocks, places // together
         if (even or last_first(problem)) and not (self.takes_turns or problem.sequences or in_parts or bias_options or self.key_parts) and maps is not None:
             cut_from, pieces = cut_key_blocks(key_blocks, -(-problem.query_length // main.query_tile), last_first(problem), device)
-            if self.rows < PIECES_COME + WORDS_OF_CUT_BLOCK * (key_blocks - cut_from):
+            if self.rows < WORDS_OF_CUT_BLOCK * (key_blocks - cut_from):
                 cut_from, pieces = key_blocks, 1
         self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims))
         if self.in_order and not self.makes_dq and not in_parts and last_first(problem) and key_tiles:
@@ -766,9 +770,14 @@ class BackwardPlan:
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
-        rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq}
+        # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won; of
+        # packed sequences not all blocks of the grid would tell.
+        self.overlaps = self.finishes and even and maps is not None and not in_parts and not in_dq
+        added = key_tiles * pieces if self.overlaps else 0
+        self.counts = self.takes_turns or pieces > 1 or self.overlaps  # in row_turn
+        rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}
         numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
-        numbers |= {"cut_from": cut_from, "pieces": pieces}
+        numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
@@ -823,7 +832,7 @@ class BackwardPlan:
                 name, blocks = tiles.backward_finish_sm90(precision, dims, row_options, main.query_tile), places * padded // main.query_tile
 
             def finish(first, count):
-                return launch("backward_rows.cu", name, count, 256, 0, argument_from(first))
+                return launch("backward_rows.cu", name, count, 256, 0, argument_from(first), overlaps=self.overlaps)
 
             self.finish = FinishInPlace(finish, in_dq, blocks) if in_dq else finish(0, blocks)
         if in_parts:
