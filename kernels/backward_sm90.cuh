@@ -202,7 +202,7 @@ template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __for
   for (int n = 0; n < COUNT; ++n) {
     const float4 x = __ldcg((const float4*)(sums + n * 128));
     d[n][0] += x.x, d[n][1] += x.y, d[n][2] += x.z, d[n][3] += x.w;
-    if (n % 8 == 7) keep_memory_here();   // there are no registers for all of them at once
+    if (n % 8 == 7) __threadfence_block();   // the next ones are not asked for sooner: there are no registers for all of them at once
   }
   return true;
 }
