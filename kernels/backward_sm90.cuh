@@ -184,8 +184,10 @@ template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_fo
 // theirs; true there. By each warp on its own; `warp`: of those that have the gradient, 16 rows each.
 template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __forceinline__ bool sum_of_pieces(const Problem& problem, bool of_values, int warp, int lane, float (&d)[COUNT][4]) {
   const u32 cut = (block_index_again() - problem.cut_from) / problem.pieces, others = problem.pieces - 1;
-  u32* word = problem.row_turn + cut * 64 + PIECES_COME + of_values * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
-  float* sums = problem.partial_out + cut * (KEY_TILE * (HEAD_DIM + VALUE_DIM)) + (of_values ? KEY_TILE * HEAD_DIM : 0) + warp * COUNT * 128 + lane * 4;
+  constexpr int SUMS = KEY_TILE * (HEAD_DIM + VALUE_DIM), WORDS = 16;   // of a key block
+  float* own = problem.partial_out + cut * (SUMS + WORDS);
+  float* sums = own + (of_values ? KEY_TILE * HEAD_DIM : 0) + warp * COUNT * 128 + lane * 4;
+  u32* word = (u32*)own + SUMS + of_values * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
   u32 before = 0;
   if (lane == 0) before = add_acquire(word, 1) % 0x10000;
   const bool last = uniform(before) == others;

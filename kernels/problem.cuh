@@ -5,7 +5,6 @@
 constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
 constexpr int KEY_BLOCKS_TAKEN = 3;  // and the word that counts key blocks, where they are taken so
 constexpr int HEAD_ADDED = 4;        // of each head's words, the one that counts what has been added to its sums (added_to_head)
-constexpr int PIECES_COME = 16;      // of every 64 words, those from here on that count the pieces of a key block (sum_of_pieces)
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
@@ -59,10 +58,10 @@ struct Problem {
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
-  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); without order, words of heads (HEAD_ADDED) and of pieces (PIECES_COME); or null
+  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); without order, of a head's first rows, what is added (HEAD_ADDED); or null
   u32* walked_to;               // backward_sm90: a query tile that some block has lately come to, or anything; or null (begin_walk)
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up; its first rows_in_dq rows lie in dq
-  float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all; backward: sums of the pieces of key blocks
+  float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all; backward: sums of the pieces of key blocks (sum_of_pieces)
   float* partial_lse;           // (splits, batch · heads · queries)
   u32* tile_counter;            // forward_sm90: tiles taken beyond the first of each block; null where blocks take turns. Of float32 calls parts_words.cuh lies behind it
   const int* cu_q;              // packed sequences: where each starts, and at last where all end

@@ -52,7 +52,7 @@ _pack_word = struct.Struct("Q").pack_into
 _PASSED = numpy.dtype((numpy.void, LAYOUT.itemsize))  # a one-element array of it goes to the kernel by value
 
 ROWS_PER_BLOCK = 32  # of kernels/backward_rows.cu
-WORDS_OF_CUT_BLOCK = 64  # of row_turn (PIECES_COME in kernels/problem.cuh)
+WORDS_OF_PIECES = 16  # of a key block, behind its sums (sum_of_pieces in kernels/backward_sm90.cuh)
 L2_BYTES = 32 * 2**20  # what the keys and values of heads that are swept together may take
 MAX_LENGTH = 2**30
 MOST_COUNTED_KEYS = 2**22  # key blocks at a sum of dQ are counted in 16 bits (kernels/key_blocks_sm90.cuh)
@@ -761,9 +761,7 @@ class BackwardPlan:
         cut_from, last_keys_first = key_blocks, places // together
         if (even or last_first(problem)) and not (self.takes_turns or problem.sequences or in_parts or bias_options or self.key_parts) and maps is not None:
             cut_from, pieces = cut_key_blocks(key_blocks, -(-problem.query_length // main.query_tile), last_first(problem), device)
-            if self.rows < WORDS_OF_CUT_BLOCK * (key_blocks - cut_from):
-                cut_from, pieces = key_blocks, 1
-        self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims))
+        self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims) + WORDS_OF_PIECES)
         if self.in_order and not self.makes_dq and not in_parts and last_first(problem) and key_tiles:
             sweep_heads, last_keys_first = sweeps_in_order(sweep_heads, places // together, key_tiles, device)
         in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
@@ -774,7 +772,7 @@ class BackwardPlan:
         # packed sequences not all blocks of the grid would tell.
         self.overlaps = self.finishes and even and maps is not None and not in_parts and not in_dq
         added = key_tiles * pieces if self.overlaps else 0
-        self.counts = self.takes_turns or pieces > 1 or self.overlaps  # in row_turn
+        self.counts = self.takes_turns or self.overlaps  # in row_turn
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}
         numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
         numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces}
