@@ -246,7 +246,7 @@ class Parser {
       if (code.written) { if (take_not(s.arguments[2])) fail("not known here"); take(s.arguments[2], 4); }
     } else if (s.full == "fence.proxy.async.shared::cta") {
       code.run = fence_async, code.written = 0;
-    } else if (s.op == "setmaxnreg" || s.op == "griddepcontrol" || s.op == "fence" || s.op == "prefetch") {
+    } else if (s.op == "setmaxnreg" || s.op == "griddepcontrol" || s.op == "fence" || s.op == "membar" || s.op == "prefetch") {
       code.run = nothing, code.written = 0;
     } else if (s.op == "shfl") {
       const vector<string> results = split(s.arguments[0], '|');
