@@ -170,8 +170,9 @@ def test_backward_instances_of_sm90(precision, dims):
     wider = sets | {own | which for own in sets}
     chosen = [(own, in_order, tiles.backward_sm90(*dims, own)) for in_order in (False, True) for own in (sets if in_order else wider)]
     names = [tile[0].name(precision, dims, own, in_order) for own, in_order, tile in chosen if tile is not None]
-    uncut = which | tiles.WINDOW | tiles.PACKED
-    names += [tile[0].name(precision, dims, own, False, cut=True) for own, in_order, tile in chosen if tile is not None and not in_order and not own & uncut]
+    cut = {own | lengths for own in sets if not own & which for lengths in (0, tiles.LENGTHS)}
+    cut_tiles = [(own, tiles.backward_sm90(*dims, own)) for own in sorted(cut)]
+    names += [tile[0].name(precision, dims, own, False, cut=True) for own, tile in cut_tiles if tile is not None]
     if dims in tiles.MAKES_DQ:
         names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in sets if not own & (which & ~tiles.PACKED | tiles.BIAS)]
         names += [tiles.backward_sm90(*dims, own)[0].name(precision, dims, own, True, True) for own in (tiles.PACKED, tiles.PACKED | tiles.MASK)]

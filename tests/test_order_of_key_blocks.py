@@ -48,3 +48,12 @@ def test_a_head_alone_begins_with_its_last_keys():
 )
 def test_key_blocks_are_cut_where_that_pays(blocks, query_tiles, uneven, cut_from, pieces):
     assert launch.cut_key_blocks(blocks, query_tiles, uneven, 0) == (cut_from, pieces)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("query_tiles", [4, 32, 256, 8192])
+def test_pieces_have_sums_for_fewer_than_two_key_blocks_a_multiprocessor(query_tiles, uneven):
+    for blocks in range(1, 1000):
+        cut_from, pieces = launch.cut_key_blocks(blocks, query_tiles, uneven, 0)
+        assert (pieces == 1) == (cut_from == blocks)
+        assert blocks - cut_from < 2 * 132
