@@ -44,8 +44,8 @@ template <int PARTS, int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES, i
   static constexpr int K_FULL = DS_FACTORS + DS_STAGES * 8, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int P_FULL = DO_EMPTY + 8 * DO_STAGES, DS_FULL = P_FULL + 8 * DS_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES;
-  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
-  static constexpr int ROWS_FOUND = ADDED + 8, ROWS = ROWS_FOUND + 8, BLOCK = ROWS + sizeof(GradientRows), BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;
+  static constexpr int TURN = DS_EMPTY + 8 * DS_STAGES, ADDED = TURN + 16, TOLD = ADDED + 16;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has
+  static constexpr int ROWS_FOUND = TOLD + 16, ROWS = ROWS_FOUND + 8, BLOCK = ROWS + sizeof(GradientRows), BLOCK_BYTES = 128, SHARED_BYTES = BLOCK + BLOCK_BYTES;
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2}, DQ_WARPS = DQ_BOXES[1] ? 8 : 4;   // of each warpgroup, and how many warps make dQ
   static_assert(HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0 && DQ_BOXES[0] == 1, "operands are whole boxes, and dQ of a warpgroup is one");
   static_assert(DS_STAGES > 1, "dQ is made one tile later");
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, Tiles::DQ_WARPS, DS_STAGES);
     for (int stage = 0; stage < DS_STAGES; ++stage) barrier_init(base + Tiles::P_FULL + 8 * stage, 4);
-    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, Tiles::DQ_WARPS, 1);
+    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, Tiles::DQ_WARPS, 2);
+    barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
     if (warp == 0) load_parts_for_key_block<Tiles, Block, OPTIONS, Q_STAGES, DO_STAGES>(problem, maps, base);
     if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
+    if (IN_ORDER && warp == 2) tell_of_turns<Tiles, 64, Block>(problem, base);
     return;
   }
 
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
 
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
-  Ring<1> turn_ring;
+  Ring<2> turn_ring;
   Ring<DS_STAGES> ds_ring, dq_ring;
   auto p_at = [&](int thread, int n) { return base + Tiles::DS + ds_ring.stage * Tiles::DS_BYTES + n / 4 * Tiles::BOX + thread / 32 * 2048 + n % 4 * 512 + thread % 32 * 16; };   // of d[n] of Pᵀ
   // Two numbers as words of their parts.
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     }
     if (IN_ORDER) {
       __syncwarp();
-      arrive(Tiles::ADDED);
+      arrive(Tiles::ADDED + 8 * turn_ring.stage);
       turn_ring.advance();
     }
   };

@@ -1,6 +1,6 @@
 // What the backward pass does to whole rows before and after its main kernel; no products of matrices here.
 //
-//   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0     (FlashAttention-2, algorithm 2, line 4)
+//   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0 of heads that no key block clears     (FlashAttention-2, algorithm 2, line 4)
 //                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
 //   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums,
 //                      where the host says so of each head's as soon as they are complete
@@ -41,7 +41,7 @@ template <int PRECISION, int HEAD_DIM, int OPTIONS, bool ZERO_DQ_SUM, int ROWS> 
 
   // Nobody waits for what is written here, and what is read is there when it is needed.
   const i64 first = place.flat(problem) * problem.padded_queries + block.padded;
-  if constexpr (ZERO_DQ_SUM) {
+  if (ZERO_DQ_SUM && (!problem.clearing_blocks || place.flat(problem) < problem.clears_ahead * problem.heads_per_block)) {   // key blocks clear the others (clear_sums_ahead)
     uint4* dq_sum = (uint4*)dq_sum_row<Real>(problem, first, HEAD_DIM);
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM * (int)sizeof(Real) / 16; i += 256) dq_sum[i] = make_uint4(0, 0, 0, 0);

@@ -10,7 +10,8 @@
 // the A operand of dV and dK in registers. dQ sums over keys: dSᵀ is shared through memory, and each warpgroup makes half of a tile's dQ, one tile later,
 // and adds it to dq_sum in device memory, in the order of its registers (backward_finish_sm90 puts it in rows). A thread of warpgroup 2 issues all copies, or two do
 // (TWO_LOAD); IN_ORDER two more see to it that dQ is added when it is the block's turn. CUT: some key blocks are cut into pieces (KeyBlock), of which the last to come has
-// the sum of their dK and dV (sum_of_pieces). Another thread of warpgroup 2 tells backward_finish_sm90 of what has been added (tell_of_heads).
+// the sum of their dK and dV (sum_of_pieces). Another thread of warpgroup 2 tells backward_finish_sm90 of what has been added (tell_of_heads), and one of its warps clears
+// sums of dQ of a later head (clear_sums_ahead).
 //
 // MAKES_DQ, for short sequences, where clearing the sums and a pass over them at the end are a good part of the time: the blocks of a grid that fits on the GPU take
 // key blocks one after the other (key_blocks_sm90.cuh). The first key block that comes to a query tile stores its part of the sum, which nobody has to clear; the last
@@ -94,6 +95,10 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
   if (warpgroup == Tiles::WARPGROUPS) {
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
+    if constexpr (!MAKES_DQ) {
+      if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
+      if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
+    }
     if (threadIdx.x % 32) return;
     let_next_kernel_begin();   // which waits for what it needs
     if constexpr (MAKES_DQ) {
@@ -111,39 +116,12 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         follow_key_blocks<Block, Tiles>(shared, base, [&](const Slot& slot) { turns.take(problem, slot, warp - 1, base); });
       }
     } else {
-      if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
       if (!IN_ORDER && warp == 2) tell_of_heads<Block>(problem, [&] { barrier_wait(base + Tiles::ALL_ADDED, 0), barrier_wait(base + Tiles::ALL_ADDED + 8, 0); });
       if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, !Tiles::TWO_LOAD>(problem, maps, base);
       if (Tiles::TWO_LOAD && warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
       if constexpr (Tiles::WARPS_IN_ORDER) {
-        // One thread gives the warps their turns, another one tells that all have added. It begins with a phase in which nobody adds, so that turns are given no
-        // sooner than two tiles after the last one that was told of, and nobody misses a phase.
-        if (warp == 1) {
-          Ring<2> ring, told_ring;
-          bool first = true;
-          take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto wait, auto) {
-            wait();
-            if (!first) told_ring.wait_full(base + Tiles::TOLD), told_ring.advance();
-            first = false;
-            barrier_arrive(base + Tiles::TURN + 8 * ring.stage);
-            ring.advance();
-          });
-        }
-        if (warp == 2) {
-          Ring<2> ring;
-          auto wait_for_all = [&] {
-            ring.wait_full(base + Tiles::ADDED);
-            barrier_arrive(base + Tiles::TOLD + 8 * ring.stage);
-            ring.advance();
-          };
-          bool first = true;
-          take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto, auto done) {
-            if (first) wait_for_all();
-            first = false;
-            wait_for_all();
-            done();
-          });
-        }
+        if (warp == 1) give_turns<Tiles, QUERY_TILE, Block, true>(problem, base);
+        if (warp == 2) tell_of_turns<Tiles, QUERY_TILE, Block, true>(problem, base);
       } else if (IN_ORDER && (warp == 1 || warp == 2)) {   // adds what a warpgroup leaves of dQ in its slabs
         constexpr int BYTES = 4 * Tiles::SLAB_BYTES;
         const int part = warp - 1;
@@ -158,6 +136,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
           wait_until_added();
           done();
         });
+        tell_of_heads<Block>(problem, [] {});
       }
     }
     return;

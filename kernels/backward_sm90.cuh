@@ -1,5 +1,5 @@
-// What the backward kernels of the sm90 family share: their loader, the turns of blocks that keep an order, how dK and dV are summed over pieces and written, and who is
-// told that dQ has been added.
+// What the backward kernels of the sm90 family share: their loader, who clears the sums of dQ, the turns of blocks that keep an order, who is told that dQ has been added,
+// and how dK and dV are summed over pieces and written.
 #pragma once
 #include "forward_rows.cuh"
 #include "key_block.cuh"
@@ -44,6 +44,27 @@ template <typename Tiles, bool IN_ORDER, typename Block> __device__ __forceinlin
   else return step;
 }
 
+// backward_prepare clears the sums of dQ of the first heads alone: those of a later head are cleared by the first blocks of one clears_ahead places of the grid before, beside
+// their products, by a warp that has nothing else to do.
+template <int HEAD_DIM, typename Block> __device__ __forceinline__ void clear_sums_ahead(const Problem& problem) {
+  const u32 index = block_index_again();
+  const Schedule schedule(problem, Block::whole(problem, index), Block::slots(problem, problem.keys));
+  const u32 place = schedule.place + problem.clears_ahead, row = place * problem.heads_per_block * problem.padded_queries;
+  if (schedule.tile >= problem.clearing_blocks || place >= problem.grid_places || Block::is_later_piece(problem, index)) return;
+  const u32 pieces = problem.heads_per_block * problem.padded_queries / 64 * (HEAD_DIM / 2);   // of 512 bytes
+  uint4* sums = (uint4*)(problem.dq_sum + (i64)row * HEAD_DIM) + threadIdx.x % 32;
+#pragma unroll 1
+  for (u32 piece = schedule.tile; piece < pieces; piece += problem.clearing_blocks) sums[piece * 32] = make_uint4(0, 0, 0, 0);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) add_release(problem.row_turn + row + HEAD_CLEARED, 1);
+}
+
+// The blocks that do that began earlier.
+template <typename Block> __device__ __forceinline__ void wait_for_cleared_sums(const Problem& problem, const Block& block) {
+  if (problem.clearing_blocks && block.schedule.place >= problem.clears_ahead)
+    wait_for_at_least(problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_CLEARED, problem.clearing_blocks);
+}
+
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow: by one thread, or QUERIES
 // (and keys) by one and OUTPUTS (and values) by another.
 template <typename Tiles, typename Block, int QUERY_TILE, int Q_STAGES, int DO_STAGES, bool IN_ORDER, bool QUERIES = true, bool OUTPUTS = true>
@@ -68,6 +89,7 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
       const int tile = tile_of_walk<Tiles, IN_ORDER>(problem, block, step, base);
       if (QUERIES && problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
+      if (QUERIES && head == 0 && step == min(block.first_tile + 1, block.last_tile - 1)) wait_for_cleared_sums(problem, block);   // nothing is added before this tile is there
       if constexpr (QUERIES) {
         q_ring.wait_empty(base + Tiles::Q_EMPTY);
         const u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
@@ -85,6 +107,21 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
       do_ring.advance();
     }
   }
+}
+
+// backward_finish_sm90 begins while the last key blocks are under way, at heads that are done: a thread that has nothing else to do counts, in a word of each of the
+// block's heads, that the block has added all it had to their sums, once wait() says so. A piece counts once, a whole block as often as there are pieces in one.
+template <typename Block, typename Wait> __device__ __forceinline__ void tell_of_heads(const Problem& problem, Wait wait) {
+  if (!problem.added_to_head) return;
+  u32* word;
+  u32 count;
+  {
+    const u32 index = block_index_again();
+    const Block block(problem, index);
+    word = problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
+  }
+  wait();
+  for (int head = 0; head < problem.heads_per_block; ++head) add_release(word + head * problem.padded_queries, count);   // what the warps have added too
 }
 
 // The block's turns at dq_sum, one query tile after the other: add(row, wait, done) is to call wait() before it adds to the tile whose padded rows begin at `row`, and
@@ -119,31 +156,36 @@ template <int QUERY_TILE, typename Block, typename Add> __device__ __forceinline
   }
 }
 
-// The same for warps that add from their registers: it is their turn, and they have.
-template <typename Tiles, int QUERY_TILE, typename Block> __device__ __forceinline__ void give_turns(const Problem& problem, u32 base) {
-  Ring<1> ring;
-  take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto wait, auto done) {
+// The same for warps that add themselves, by two threads: give_turns tells them when it is their turn, tell_of_turns the next key block when they have added. So the next turn
+// is asked for while what was added last is on its way: by one thread, both took longer than a tile. LATE: the warps say that they have added to a tile when they come to the
+// next one, and the first time, when there was none. A stage of the rings is not used anew before its last use was told of, so that nobody misses a phase.
+template <typename Tiles, int QUERY_TILE, typename Block, bool LATE = false> __device__ __forceinline__ void give_turns(const Problem& problem, u32 base) {
+  Ring<2> ring, told;
+  int begun = LATE;
+  take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto wait, auto) {
     wait();
-    barrier_arrive(base + Tiles::TURN);
-    ring.wait_full(base + Tiles::ADDED);
+    if (begun < 2) ++begun;
+    else told.wait_full(base + Tiles::TOLD), told.advance();
+    barrier_arrive(base + Tiles::TURN + 8 * ring.stage);
     ring.advance();
-    done();   // waits for what was added, so that no warp that computes has to
   });
 }
 
-// backward_finish_sm90 begins while the last key blocks are under way, at heads that are done: a thread that has nothing else to do counts, in a word of each of the
-// block's heads, that the block has added all it had to their sums, once wait() says so. A piece counts once, a whole block as often as there are pieces in one.
-template <typename Block, typename Wait> __device__ __forceinline__ void tell_of_heads(const Problem& problem, Wait wait) {
-  if (!problem.added_to_head) return;
-  u32* word;
-  u32 count;
-  {
-    const u32 index = block_index_again();
-    const Block block(problem, index);
-    word = problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
-  }
-  wait();
-  for (int head = 0; head < problem.heads_per_block; ++head) add_release(word + head * problem.padded_queries, count);   // what the warps have added too
+template <typename Tiles, int QUERY_TILE, typename Block, bool LATE = false> __device__ __forceinline__ void tell_of_turns(const Problem& problem, u32 base) {
+  Ring<2> ring;
+  auto wait_for_all = [&] {
+    ring.wait_full(base + Tiles::ADDED);
+    barrier_arrive(base + Tiles::TOLD + 8 * ring.stage);
+    ring.advance();
+  };
+  bool first = LATE;
+  take_turns<QUERY_TILE, Block>(problem, 0, [&](u32, auto, auto done) {
+    if (first) wait_for_all();
+    first = false;
+    wait_for_all();
+    done();   // waits for what was added, so that no warp that computes has to
+  });
+  tell_of_heads<Block>(problem, [] {});
 }
 
 // Where the block's rows of dK and dV begin, how many of them exist, and how many take part.
@@ -184,21 +226,21 @@ template <typename Tiles> __device__ __forceinline__ const GradientRows& wait_fo
 // theirs; true there. By each warp on its own; `warp`: of those that have the gradient, 16 rows each.
 template <int KEY_TILE, int HEAD_DIM, int VALUE_DIM, int COUNT> __device__ __forceinline__ bool sum_of_pieces(const Problem& problem, bool of_values, int warp, int lane, float (&d)[COUNT][4]) {
   const u32 cut = (block_index_again() - problem.cut_from) / problem.pieces, others = problem.pieces - 1;
-  constexpr int SUMS = KEY_TILE * (HEAD_DIM + VALUE_DIM), WORDS = 16;   // of a key block
-  float* own = problem.partial_out + cut * (SUMS + WORDS);
+  constexpr int SUMS = KEY_TILE * (HEAD_DIM + VALUE_DIM);   // of a key block, and behind them a word for each warp and gradient
+  float* own = problem.partial_out + cut * problem.split_stride;
   float* sums = own + (of_values ? KEY_TILE * HEAD_DIM : 0) + warp * COUNT * 128 + lane * 4;
-  u32* word = (u32*)own + SUMS + of_values * 8 + warp;   // in its lower half how many have come, in its upper half how many have added
+  u32* word = (u32*)own + SUMS + of_values * 8 + warp;
   u32 before = 0;
-  if (lane == 0) before = add_acquire(word, 1) % 0x10000;
+  if (lane == 0) before = came(add_acquire(word, ONE_CAME));
   const bool last = uniform(before) == others;
   if (!last) {
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) reduce_add(sums + n * 128, d[n]);
     __syncwarp();
-    if (lane == 0) add_release(word, 0x10000);
+    if (lane == 0) add_release(word, ONE_ADDED);
     return false;
   }
-  while (uniform(load_acquire(word)) / 0x10000 < others);   // most have long since
+  while (added(uniform(load_acquire(word))) < others);   // most have long since
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {

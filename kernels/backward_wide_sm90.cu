@@ -5,7 +5,8 @@
 //   Warpgroup 0 makes Sᵀ = K Qᵀ, Pᵀ and dV, and hands Pᵀ to the other, rounded as the products take it.
 //   Warpgroup 1 makes dPᵀ = V dOᵀ, dSᵀ and dK, and leaves dSᵀ in shared memory.
 //   Each makes some columns of dQ, one tile later, and adds them to dq_sum in device memory, in the order of its registers.
-//   A thread of warpgroup 2 issues all copies; others give turns, or tell backward_finish_sm90 of what has been added. CUT: as in backward_sm90.cu.
+//   A thread of warpgroup 2 issues all copies; others give turns, or tell backward_finish_sm90 of what has been added, and a warp clears sums of dQ of a later head. CUT: as
+//   in backward_sm90.cu.
 //
 // Shared memory (tiles of 64 columns x rows, 128 bytes a row, swizzled):
 //   K | V | Q_STAGES x Q | DO_STAGES x dO | Pᵀ, in the order of registers | DS_STAGES x dSᵀ  64 keys x 64 queries | Q_STAGES x lse | DO_STAGES x D | barriers
@@ -26,7 +27,7 @@ template <int HEAD_DIM, int VALUE_DIM, int Q_STAGES, int DO_STAGES> struct Backw
   static constexpr int LSE = DS + DS_STAGES * DS_BYTES, D = LSE + Q_STAGES * ROW_BYTES, K_FULL = D + DO_STAGES * ROW_BYTES, V_FULL = K_FULL + 8;
   static constexpr int Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 8 * Q_STAGES, DO_FULL = Q_EMPTY + 8 * Q_STAGES, DO_EMPTY = DO_FULL + 8 * DO_STAGES;
   static constexpr int DS_FULL = DO_EMPTY + 8 * DO_STAGES, DS_EMPTY = DS_FULL + 8 * DS_STAGES, P_FULL = DS_EMPTY + 8 * DS_STAGES, P_EMPTY = P_FULL + 8;
-  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 8, BEGIN = ADDED + 8;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has; else: it has added all it had
+  static constexpr int TURN = P_EMPTY + 8, ADDED = TURN + 16, TOLD = ADDED + 16, BEGIN = TOLD + 16;   // IN_ORDER: it is the block's turn to add to a tile of dQ, and it has; else: it has added all it had
   static constexpr int ROWS_FOUND = BEGIN + 8, ROWS = ROWS_FOUND + 8, SHARED_BYTES = ROWS + sizeof(GradientRows);
   static constexpr bool HALVES = false;
   static constexpr int DQ_BOXES[2] = {ceil_div(Q_BOXES, 2), Q_BOXES / 2};   // of each warpgroup
@@ -47,19 +48,22 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
-    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 1);
+    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 2);
+    barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
     begin_walk<Tiles>(problem, base);
   });
 
   if (warpgroup == 2) {
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
+    if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
+    if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
     if (threadIdx.x % 32) return;
     let_next_kernel_begin();   // which waits for what it needs
-    if (warp == 3) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
     if (warp == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);
     if (!IN_ORDER && warp == 2) tell_of_heads<Block>(problem, [&] { barrier_wait(base + Tiles::ADDED, 0); });
     if (IN_ORDER && warp == 1) give_turns<Tiles, 64, Block>(problem, base);
+    if (IN_ORDER && warp == 2) tell_of_turns<Tiles, 64, Block>(problem, base);
     return;
   }
 
@@ -81,7 +85,8 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
 
   Ring<Q_STAGES> q_ring;
   Ring<DO_STAGES> do_ring;
-  Ring<1> p_ring, turn_ring;
+  Ring<1> p_ring;
+  Ring<2> turn_ring;
   Ring<Tiles::DS_STAGES> ds_ring, dq_ring;
   const u32 p_at = base + Tiles::P + threadIdx.x % 128 * 16;   // the thread's 16 bytes of each quarter of Pᵀ
 
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     for (int n = 0; n < COUNT; ++n) reduce_add(own + n / 8 * 4096 + n % 8 * 128, dq[n]);
     if (IN_ORDER) {
       __syncwarp();
-      arrive(Tiles::ADDED);
+      arrive(Tiles::ADDED + 8 * turn_ring.stage);
       turn_ring.advance();
     }
   };

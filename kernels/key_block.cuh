@@ -26,6 +26,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false, bool
   }
 
   static __device__ __forceinline__ bool is_piece(const Problem& problem, u32 block) { return CUT && block >= (u32)problem.cut_from; }
+  static __device__ __forceinline__ bool is_later_piece(const Problem& problem, u32 block) { return is_piece(problem, block) && (block - problem.cut_from) % problem.pieces; }
   static __device__ __forceinline__ u32 whole(const Problem& problem, u32 block) {
     return is_piece(problem, block) ? problem.cut_from + (block - problem.cut_from) / problem.pieces : block;
   }
@@ -71,7 +72,7 @@ template <int OPTIONS, int KEY_TILE, int QUERY_TILE, bool IN_ORDER = false, bool
     const bool unseen = OPTIONS & (WINDOW | LENGTHS) && first_query >= visible.queries;   // without these it is at most one tile in vain
     return (unseen ? first_query + QUERY_TILE - 1 : first_query) / QUERY_TILE;
   }
-  // IN_ORDER: blocks walk towards the queries that fewer key blocks see before them: from the first tile on where the last keys come first, else from the last one.
+  // IN_ORDER: blocks begin in descending order of their keys and walk from the first query tile on, or else in ascending order, and walk from the last one down.
   __device__ __forceinline__ bool last_keys_first(const Problem& problem) const { return (int)schedule.place < problem.ordered_last_first; }
   __device__ __forceinline__ int tile_in_order(const Problem& problem, int step) const { return last_keys_first(problem) ? step : first_tile + last_tile - 1 - step; }
   // Of the block's query tiles the block of the next keys has those from here on.

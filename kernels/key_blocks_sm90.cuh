@@ -96,8 +96,7 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct KeyBlockLoader 
 // have added theirs, and makes dQ.
 enum AtSum : u32 { FIRST_AT_SUM = 1, LAST_AT_SUM = 2, NOT_YET = 4 };
 
-// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come (in its lower half), which says who is first and last, and who
-// has added (in its upper half). So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
+// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come, which says who is first and last, and who has added. So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
 // it, as with in_order, which fixes all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as
 // the answer comes from L2.
 //
@@ -108,17 +107,17 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
   PairRing ring;   // a warp may be told of the next tile, and be done with it, while others are still at one
 
   __device__ __forceinline__ u32 come(const Problem& problem, u32* word) const {
-    return problem.in_order ? load_acquire(word) : add_acquire(word, 1);
+    return problem.in_order ? load_acquire(word) : add_acquire(word, ONE_CAME);
   }
 
   // Tells the warps what the block is at the sum of a tile, once it is its turn; or if it is not and `now`, nothing.
   __device__ __forceinline__ u32 give(const Problem& problem, const KeyBlockSlot<Block>& slot, int tile, u32* word, u32 found, int part, u32 base, bool now) const {
-    const u32 before = problem.in_order ? slot.block.slot.tile : found % 0x10000;
+    const u32 before = problem.in_order ? slot.block.slot.tile : came(found);
     const bool last = before + 1 == slot.block.blocks_of_tile(tile);
     const u32 waits_for = last || problem.in_order ? before : min(before, 1);
-    if (found / 0x10000 < waits_for) {
+    if (added(found) < waits_for) {
       if (now) return NOT_YET;
-      if (!Block::IS_PACKED || !problem.row_turn[OFFSETS_DESCEND]) wait_for_at_least(word, waits_for * 0x10000);   // else the sums are of no use, and nobody may be there
+      if (!Block::IS_PACKED || !problem.row_turn[OFFSETS_DESCEND]) wait_for_at_least(word, waits_for * ONE_ADDED);   // else the sums are of no use, and nobody may be there
     }
     const u32 role = (before == 0 ? FIRST_AT_SUM : 0) | (last ? LAST_AT_SUM : 0);
     store_shared(base + Tiles::ROLES + 8 * part + 4 * ring.stage(), role);
@@ -144,7 +143,7 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct TurnTaker {
           found = come(problem, word - QUERY_TILE);
           role = give(problem, slot, tile - 1, word, found, part, base, true);
         }
-        if (adds) add_release(word, 0x10000);   // what the warps have added too: no warp that computes waits for that
+        if (adds) add_release(word, ONE_ADDED);   // what the warps have added too: no warp that computes waits for that
       }
     }
   }

@@ -5,6 +5,7 @@
 constexpr int OFFSETS_DESCEND = 2;   // the word of row_turn that says so of packed sequences: no key block takes turns by it, as tiles have 64 rows and more
 constexpr int KEY_BLOCKS_TAKEN = 3;  // and the word that counts key blocks, where they are taken so
 constexpr int HEAD_ADDED = 4;        // of each head's words, the one that counts what has been added to its sums (added_to_head)
+constexpr int HEAD_CLEARED = 5;      // and the one that counts the blocks that have cleared some of them (clears_ahead)
 constexpr int BATCH_DIMS = 4;   // batch dimensions that a view can have once those that lie regularly in memory are merged
 
 // Division by a number that the host knows, of numbers below 2^31, by a product (Granlund & Montgomery 1994, "Division by invariant integers using multiplication"). A block
@@ -58,7 +59,7 @@ struct Problem {
   float* row_lse;               // backward: (batch · heads, padded_queries): lse as a shift (score.cuh); inf for rows that see nothing or do not exist
   float* row_d;                 // backward: (batch · heads, padded_queries): D = rowsum(dO · O) - dlse
   float* row_sink;              // backward: (batch · heads, padded_queries): what a row adds to the gradient of its head's sink
-  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); without order, of a head's first rows, what is added (HEAD_ADDED); or null
+  u32* row_turn;                // backward in order: (batch · heads, padded_queries): of a tile's first rows, who has added to its dQ (take_turns), or how many key blocks have come and added (TurnTaker); of a head's first rows, what is added (HEAD_ADDED), and cleared (HEAD_CLEARED); or null
   u32* walked_to;               // backward_sm90: a query tile that some block has lately come to, or anything; or null (begin_walk)
   float* dq_sum;                // backward: (batch · heads, padded_queries, head dim of the kernel), what the key blocks add up; its first rows_in_dq rows lie in dq
   float* partial_out;           // SPLIT_KEYS: (splits, batch · heads · queries, value dim of the kernel), each part as if its keys were all; backward: sums of the pieces of key blocks (sum_of_pieces)
@@ -68,7 +69,7 @@ struct Problem {
   const int* cu_k;
   unsigned long long seed;      // dropout
   i64 offset;                   // query i stands at key i + offset
-  i64 split_stride;             // gradient of the bias: elements from one part to the next
+  i64 split_stride;             // gradient of the bias: elements from one part to the next; CUT: from the sums of one key block to the next one's
   i64 rows_in_dq;               // backward_sm90: in the memory of dq, until dQ takes their place (dq_sum_row)
   i64 left, right;              // bounded: query i sees the keys from i + offset - left to i + offset + right
   int batch[BATCH_DIMS];
@@ -103,6 +104,8 @@ struct Problem {
   int in_order;                 // backward_sm90 where key blocks make dQ: whether they add to a tile one after the other
   int cut_from, pieces;         // CUT in the sm90 family's backward: the grid's key blocks from this one on are cut into so many pieces, each with some of the query tiles
   int added_to_head;            // what stands in a head's word when its dq_sum is complete, for which backward_finish_sm90 waits; 0: nobody counts, and it begins later
+  int clears_ahead;             // backward of the sm90 family: of how many of the grid's places after its own a block clears sums of dQ (clear_sums_ahead), and
+  int clearing_blocks;          // how many of a place's blocks do, the first ones; 0: none does
   int ordered_last_first;       // backward in order: how many of the grid's places begin with their last keys; those after them, whole sweeps, with their first
 };
 

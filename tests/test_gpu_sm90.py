@@ -702,6 +702,25 @@ def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
     assert heads == {3 if options.get("causal") else 6}
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["full", "causal", "window", "heads that share keys", "key blocks without queries", "pieces"])
+@pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
+def test_sums_that_key_blocks_of_heads_before_clear(arrays, dims, name, deterministic, long_calls, no_plans, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "L2_BYTES", 1)  # sweeps of one head
+    key_heads, keys = (2, 350) if name == "heads that share keys" else (4, 1000) if name == "key blocks without queries" else (4, 350)
+    if name == "pieces":
+        monkeypatch.setattr(launch, "cut_key_blocks", lambda blocks, query_tiles, uneven, device: (blocks // 2, 3))
+    options = {"causal": {"causal": True}, "window": {"window": (70, 20)}, "key blocks without queries": {"causal": True, "offset": 0}}.get(name, {})
+    q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, key_heads, keys, dims[0]), arrays.normal(2, key_heads, keys, dims[1])
+    check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, deterministic=deterministic, **options)
+    (plan,) = (plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
+    argument = numpy.frombuffer(plan.main.argument, launch.LAYOUT)[0]
+    assert 0 < argument["clears_ahead"] < argument["grid_places"]
+    assert argument["heads_per_block"] == (2 if name == "heads that share keys" else 1)
+    assert (plan.pieces_shape is None) == (name != "pieces" or deterministic)
+
+
 IN_PIECES = {  # queries, keys, options
     "full": (300, 300, ()),
     "causal": (300, 300, ("causal",)),

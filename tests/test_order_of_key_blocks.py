@@ -1,5 +1,7 @@
 """In which order key blocks begin where backward keeps one, and which of them are cut into pieces where it does not."""
 
+import types
+
 import pytest
 from support import cupy
 
@@ -57,3 +59,31 @@ def test_pieces_have_sums_for_fewer_than_two_key_blocks_a_multiprocessor(query_t
         cut_from, pieces = launch.cut_key_blocks(blocks, query_tiles, uneven, 0)
         assert (pieces == 1) == (cut_from == blocks)
         assert blocks - cut_from < 2 * 132
+
+
+@pytest.mark.parametrize("key_tiles", [1, 4, 8, 16, 128, 256])
+@pytest.mark.parametrize("sweep_heads", [1, 8, 100])
+def test_sums_are_cleared_early_enough_and_of_a_later_sweep(sweep_heads, key_tiles):
+    ahead, blocks = launch.clear_ahead(sweep_heads, 10**6, key_tiles, 0)
+    assert ahead % sweep_heads == 0
+    assert key_tiles / 2 <= blocks <= key_tiles
+    after_clearing = ahead * key_tiles - sweep_heads * blocks  # blocks that begin before those that add
+    assert after_clearing >= 0.4 * 132 - sweep_heads  # half of a tile at most is missing
+    assert launch.clear_ahead(sweep_heads, ahead, key_tiles, 0) == (0, 0)
+    assert launch.clear_ahead(sweep_heads, ahead + 1, key_tiles, 0) == (ahead, blocks)
+
+
+@pytest.mark.parametrize(
+    ("head_bytes", "in_order", "makes_dq", "heads"),
+    [
+        (2**20, True, False, 16),  # eight key blocks of a head run at once
+        (2**22, True, False, 8),  # sixteen
+        (2**23, True, False, 4),
+        (2**26, True, False, 1),
+        (2**20, False, False, 32),
+        (2**22, True, True, 16),
+    ],
+)
+def test_heads_that_are_swept_together(head_bytes, in_order, makes_dq, heads):
+    problem = types.SimpleNamespace(left=None, right=0, device=0)
+    assert launch.sweep(problem, head_bytes, 1000, in_order, makes_dq) == heads

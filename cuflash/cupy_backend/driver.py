@@ -6,7 +6,7 @@ import functools
 import cupy
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID of cuda.h
-_CAPTURES = 12030  # the first version of CUDA with which a stream that is captured takes such launches
+_CAPTURES = 12030  # CUDA from which on such launches are made; older ones, which may not take them in a stream that is captured, were not tried
 
 
 class Attribute(ctypes.Structure):

@@ -44,7 +44,7 @@ LAYOUT = numpy.dtype(
     + [("capped", CAPPED)]
     + [(name, DIVISOR) for name in ("by_heads", "by_grid_heads")]
     + [("by_batch", DIVISOR, BATCH_DIMS), ("by_sweep", DIVISOR), ("by_last_sweep", DIVISOR), ("float64", FACTORS)]
-    + [(name, "i4") for name in ("in_order", "cut_from", "pieces", "added_to_head", "ordered_last_first")],
+    + [(name, "i4") for name in ("in_order", "cut_from", "pieces", "added_to_head", "clears_ahead", "clearing_blocks", "ordered_last_first")],
     align=True,
 )
 _WORD_AT = {name: LAYOUT.fields[name][1] for name in VIEWS + WORDS}
@@ -259,8 +259,10 @@ def sweep(problem, head_bytes, places, in_order=False, makes_dq=False):
     uneven = last_first(problem)
     if not (uneven or in_order or makes_dq):
         return 1
-    least = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1
-    return max(1, min(places, max(least, L2_BYTES // max(1, head_bytes))))
+    least, most = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1, L2_BYTES // max(1, head_bytes)
+    if in_order and not makes_dq:  # the fewer heads, the more key blocks of each wait for the one before at the same time
+        most = min(most, max(most // 2, multiprocessors(problem.device) // tiles.BLOCKS_IN_ORDER))
+    return max(1, min(places, max(least, most)))
 
 
 def sweeps_in_order(widest, places, key_tiles, device):
@@ -295,6 +297,13 @@ def cut_key_blocks(blocks, query_tiles, uneven, device):
     if time(pieces) > tiles.CUT_BELOW * time(1):
         return blocks, 1
     return 0 if uneven else blocks - last, pieces
+
+
+def clear_ahead(sweep_heads, places, key_tiles, device):
+    """How many places of the grid after its own that is whose sums of dq a block clears, and how many of a place's blocks do: the first half, or none."""
+    sweeps = tiles.BLOCKS_AFTER_CLEARING * multiprocessors(device) / (sweep_heads * max(1, key_tiles))
+    ahead = sweep_heads * math.ceil(sweeps + 0.5)
+    return (ahead, -(-key_tiles // 2)) if ahead < places else (0, 0)
 
 
 def slots(problem, length, tile):
@@ -753,7 +762,8 @@ class BackwardPlan:
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
         even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
-        room = tiles.EVEN_HEADS_ROOM if self.makes_dq and not last_first(problem) else 1
+        wide = last_first(problem) if self.makes_dq else self.in_order
+        room = 1 if wide else tiles.HEADS_ROOM
         if self.makes_dq:
             head_bytes //= max(1, problem.sequences)
         sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
@@ -770,12 +780,18 @@ class BackwardPlan:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
         # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won; of
         # packed sequences not all blocks of the grid would tell.
-        self.overlaps = self.finishes and even and maps is not None and not in_parts and not in_dq
-        added = key_tiles * pieces if self.overlaps else 0
-        self.counts = self.takes_turns or self.overlaps  # in row_turn
+        full = problem.left is None and problem.right is None and not problem.sequences
+        self.overlaps = self.finishes and full and maps is not None and not in_parts and not in_dq
+        tellers = 2 if self.in_order and main.query_tile == 128 else 1  # threads of a block that add in order
+        added = key_tiles * pieces * tellers if self.overlaps else 0
+        # With lengths a head may have no key block that adds to its sums, and so waits for these to be cleared.
+        clears = self.finishes and maps is not None and not (in_parts or in_dq or bias_options or options & (tiles.PACKED | tiles.LENGTHS)) and self.rows < 2**31
+        ahead, clearing = clear_ahead(sweep_heads, places // together, key_tiles, device) if clears else (0, 0)
+        self.counts = self.takes_turns or self.overlaps or clearing > 0  # in row_turn
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}
         numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
-        numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces}
+        numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces, "split_stride": self.pieces_shape[1] if pieces > 1 else 0}
+        numbers |= {"clears_ahead": ahead, "clearing_blocks": clearing}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)

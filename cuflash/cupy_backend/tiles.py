@@ -194,7 +194,7 @@ class BackwardWideSm90Tile(_Parameters):
 
     def shared_bytes(self, dims, in_order=False):
         rows = 64 * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1] + 4 * 64)  # P, and three times dS
-        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 2 + 1 + 1) + 24
+        return rows * 2 + (self.query_stages + self.output_stages) * (4 * 64 + 16) + 8 * (2 + 2 * 3 + 2 + 3 * 2 + 1 + 1) + 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ class BackwardPartsSm90Tile(_Parameters):
     def shared_bytes(self, dims, precision):
         rows = 64 * PARTS[precision] * (sum(dims) + self.query_stages * dims[0] + self.output_stages * dims[1])
         stages = self.query_stages + self.output_stages
-        barriers = 8 * (2 + 2 + 1) + 24 + 128  # and what blocks know of their rows
+        barriers = 8 * (2 + 3 * 2 + 1) + 24 + 128  # and what blocks know of their rows
         return rows * 2 + self.score_stages * 64 * 64 * 4 + stages * (4 * 64 + 16 + 16) + self.score_stages * (16 + 8 + 3 * 8) + 2 * 16 + barriers
 
 
@@ -313,9 +313,14 @@ BACKWARD = {
 }
 # Key blocks for each multiprocessor of those heads that, in backward in order, begin with their first keys. By a simulation, and trials on an H200.
 BLOCKS_FIRST_KEYS_FIRST = 2
-# Key blocks are cut into as many pieces at most, of so many query tiles at least; what a piece takes beside these is worth so many more; and they are not cut
-# unless the whole should take that part of its time at most. By trials on an H200.
-MOST_PIECES, LEAST_OF_A_PIECE, TILES_FOR_A_PIECE, CUT_BELOW = 16, 4, 6, 0.985
+# Key blocks of a head that run at once, in order, up to which half as much of L2 is shared. By trials on an H200, 512 to 16,384 steps.
+BLOCKS_IN_ORDER = 16
+# Key blocks that begin between clearing sums of dQ and adding to them, for each multiprocessor: at least that. More were no faster on an H200.
+BLOCKS_AFTER_CLEARING = 0.45
+# Key blocks are cut into as many pieces at most, and what a piece takes beside its query tiles is worth so many more: by trials on an H200. A piece has so many at
+# least; and they are not cut unless the whole should take that part of its time at most: not timed against others.
+MOST_PIECES, TILES_FOR_A_PIECE = 16, 6
+LEAST_OF_A_PIECE, CUT_BELOW = 4, 0.985
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
 # 96, (192, 128) and 192, and the tables for options and LONG_SUMS.
 FORWARD_SM90 = {
@@ -401,8 +406,8 @@ WALK_TOGETHER_BYTES = 2**28
 MAKES_DQ = {(64, 64): (4096, 2048), (128, 128): (1024, 1024)}
 MAKES_DQ_PACKED_OR_GROUPED = MAKES_DQ | {(128, 128): (2048, 1024)}
 # So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each
-# counts as so many. By the same trials.
-HEADS_MAKE_DQ, EVEN_HEADS_ROOM = 16, 2
+# counts as so many, as it does where key blocks neither make dQ nor keep an order. By the same trials, and others of the latter.
+HEADS_MAKE_DQ, HEADS_ROOM = 16, 2
 # Key blocks for each multiprocessor from which on a block sums the heads that share its keys. By trials on an H200 of 132: 256 of 8 heads each are enough.
 BLOCKS_TO_SUM_HEADS = 15 / 8
 BACKWARD_SM90 = {

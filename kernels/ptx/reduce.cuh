@@ -25,6 +25,11 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&x)[4]) 
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
 
+// A word that counts who has come to a sum, in its lower half, and who has added to it, in its upper half.
+constexpr u32 ONE_CAME = 1, ONE_ADDED = 0x10000;
+__device__ __forceinline__ u32 came(u32 word) { return word % ONE_ADDED; }
+__device__ __forceinline__ u32 added(u32 word) { return word / ONE_ADDED; }
+
 // How many have come for a number at that word before.
 template <int WORD> __device__ __forceinline__ u32 take_number(u32* words) {
   u32 x; asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1+%2], 1;" : "=r"(x) : "l"(words), "n"(4 * WORD) : "memory"); return x;
