@@ -785,7 +785,8 @@ class BackwardPlan:
         tellers = 2 if self.in_order and main.query_tile == 128 else 1  # threads of a block that add in order
         added = key_tiles * pieces * tellers if self.overlaps else 0
         # With lengths a head may have no key block that adds to its sums, and so waits for these to be cleared.
-        clears = self.finishes and maps is not None and not (in_parts or in_dq or bias_options or options & (tiles.PACKED | tiles.LENGTHS)) and self.rows < 2**31
+        whole = not (in_parts or in_dq or bias_options or options & (tiles.PACKED | tiles.LENGTHS))
+        clears = self.finishes and maps is not None and whole and self.rows < 2**31
         ahead, clearing = clear_ahead(sweep_heads, places // together, key_tiles, device) if clears else (0, 0)
         self.counts = self.takes_turns or self.overlaps or clearing > 0  # in row_turn
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}

@@ -317,8 +317,8 @@ BLOCKS_FIRST_KEYS_FIRST = 2
 BLOCKS_IN_ORDER = 16
 # Key blocks that begin between clearing sums of dQ and adding to them, for each multiprocessor: at least that. More were no faster on an H200.
 BLOCKS_AFTER_CLEARING = 0.45
-# Key blocks are cut into as many pieces at most, and what a piece takes beside its query tiles is worth so many more: by trials on an H200. A piece has so many at
-# least; and they are not cut unless the whole should take that part of its time at most: not timed against others.
+# Key blocks are cut into as many pieces at most, and what a piece takes beside its query tiles is worth so many more: by trials on an H200. A piece has so many
+# at least; and they are not cut unless the whole should take that part of its time at most: not timed against others.
 MOST_PIECES, TILES_FOR_A_PIECE = 16, 6
 LEAST_OF_A_PIECE, CUT_BELOW = 4, 0.985
 # The sm90 family: (the most queries of a call, tile). Those at 64, 128 and 256 come from sweeps on an H200 at 512 to 16,384 steps. Not timed against others:
