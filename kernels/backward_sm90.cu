@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int warp = uniform(threadIdx.x / 32 % 4);
     if constexpr (!MAKES_DQ) {
       if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-      if (warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
+      if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
     }
     if (threadIdx.x % 32) return;
     let_next_kernel_begin();   // which waits for what it needs

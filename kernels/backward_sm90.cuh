@@ -60,9 +60,9 @@ template <int HEAD_DIM, typename Block> __device__ __forceinline__ void clear_su
 }
 
 // The blocks that do that began earlier.
-__device__ __forceinline__ void wait_for_cleared_sums(const Problem& problem, u32 place) {
-  if (problem.clearing_blocks && place >= problem.clears_ahead)
-    wait_for_at_least(problem.row_turn + place * problem.heads_per_block * problem.padded_queries + HEAD_CLEARED, problem.clearing_blocks);
+template <typename Block> __device__ __forceinline__ void wait_for_cleared_sums(const Problem& problem, const Block& block) {
+  if (problem.clearing_blocks && block.schedule.place >= problem.clears_ahead)
+    wait_for_at_least(problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_CLEARED, problem.clearing_blocks);
 }
 
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow: by one thread, or QUERIES
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
       const int tile = tile_of_walk<Tiles, IN_ORDER>(problem, block, step, base);
       if (QUERIES && problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
-      if (QUERIES && head == 0 && step == min(block.first_tile + 1, block.last_tile - 1)) wait_for_cleared_sums(problem, block.schedule.place);   // nothing is added before this tile is there
+      if (QUERIES && head == 0 && step == min(block.first_tile + 1, block.last_tile - 1)) wait_for_cleared_sums(problem, block);   // nothing is added before this tile is there
       if constexpr (QUERIES) {
         q_ring.wait_empty(base + Tiles::Q_EMPTY);
         const u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
@@ -110,21 +110,17 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 }
 
 // backward_finish_sm90 begins while the last key blocks are under way, at heads that are done: a thread that has nothing else to do counts, in a word of each of the
-// block's heads, that they are cleared and the block has added all it had to them, once wait() says so. A piece counts once, a whole block as often as there are pieces in
-// one, and what may be no key block (of packed sequences) too.
+// block's heads, that the block has added all it had to their sums, once wait() says so. A piece counts once, a whole block as often as there are pieces in one.
 template <typename Block, typename Wait> __device__ __forceinline__ void tell_of_heads(const Problem& problem, Wait wait) {
   if (!problem.added_to_head) return;
   u32* word;
   u32 count;
-  bool exists;
   {
     const u32 index = block_index_again();
     const Block block(problem, index);
-    word = problem.row_turn + block.place.flat(problem) * problem.padded_queries + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
-    exists = block.exists();
-    wait_for_cleared_sums(problem, block.schedule.place);
+    word = problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
   }
-  if (exists) wait();
+  wait();
   for (int head = 0; head < problem.heads_per_block; ++head) add_release(word + head * problem.padded_queries, count);   // what the warps have added too
 }
 

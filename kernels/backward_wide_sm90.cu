@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-    if (warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
+    if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
     if (threadIdx.x % 32) return;
     let_next_kernel_begin();   // which waits for what it needs
     if (warp == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);

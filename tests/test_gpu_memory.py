@@ -249,7 +249,7 @@ def test_sums_of_dq_in_dq_itself(precision, head_dim, length, options, seed, no_
     arrays = Arrays(cupy, precision, seed)
     dout, q, k, v = (arrays.normal(3, length, head_dim) for _ in range(4))
     monkeypatch.setattr(tiles, "MAKES_DQ", {})
-    monkeypatch.setattr(tiles, "MAKES_DQ_GROUPED", {})
+    monkeypatch.setattr(tiles, "MAKES_DQ_PACKED_OR_GROUPED", {})
     expected = forward_and_backward(dout, q, k, v, deterministic=True, **options)
     apart = peak_bytes(cupy, lambda: cuflash.attention_backward(dout, q, k, v, *expected[:2], deterministic=True, **options))
     monkeypatch.setattr(tiles, "IN_PLACE_WORK", 0)

@@ -43,7 +43,7 @@ def assert_a_thousand_backwards_are_equal(dout, q, k, v, options):
 def long_calls(monkeypatch):
     """The kernels of long calls take short ones too."""
     monkeypatch.setattr(tiles, "MAKES_DQ", {})
-    monkeypatch.setattr(tiles, "MAKES_DQ_GROUPED", {})
+    monkeypatch.setattr(tiles, "MAKES_DQ_PACKED_OR_GROUPED", {})
 
 
 @pytest.fixture(params=["bfloat16", "float16"])
@@ -703,7 +703,7 @@ def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("name", ["full", "causal", "window", "heads that share keys", "key blocks without queries", "pieces", "packed", "no keys"])
+@pytest.mark.parametrize("name", ["full", "causal", "window", "heads that share keys", "key blocks without queries", "pieces"])
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
 def test_sums_that_key_blocks_of_heads_before_clear(arrays, dims, name, deterministic, long_calls, no_plans, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
@@ -712,10 +712,6 @@ def test_sums_that_key_blocks_of_heads_before_clear(arrays, dims, name, determin
     if name == "pieces":
         monkeypatch.setattr(launch, "cut_key_blocks", lambda blocks, query_tiles, uneven, device: (blocks // 2, 3))
     options = {"causal": {"causal": True}, "window": {"window": (70, 20)}, "key blocks without queries": {"causal": True, "offset": 0}}.get(name, {})
-    if name == "packed":
-        options = option("cu_seqlens", arrays, (2,), 4, 300, 350)
-    if name == "no keys":  # of the second batch entry, whose dq is 0
-        options = {"kv_lengths": cupy.asarray([200, 0])}
     q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, key_heads, keys, dims[0]), arrays.normal(2, key_heads, keys, dims[1])
     check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, deterministic=deterministic, **options)
     (plan,) = (plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
@@ -898,7 +894,7 @@ class TestDqMadeByKeyBlocks:
         elif why == "long":
             monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (279, 279))
         elif why == "long on average":
-            monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (69, 69))
+            monkeypatch.setitem(tiles.MAKES_DQ_PACKED_OR_GROUPED, (64, 64), (69, 69))
             options = option("cu_seqlens", arrays, (2,), 4, queries, keys)
         else:
             options = option(why, arrays, (2,), 4, queries, keys)

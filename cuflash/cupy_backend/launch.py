@@ -658,7 +658,7 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 def _key_blocks_make_dq(problem, views, dims, together):
     """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
-    keys_uneven, keys_even = (tiles.MAKES_DQ_GROUPED if together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
+    keys_uneven, keys_even = (tiles.MAKES_DQ_PACKED_OR_GROUPED if problem.sequences or together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
     most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
     if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
@@ -764,7 +764,8 @@ class BackwardPlan:
         self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
         wide = last_first(problem) if self.makes_dq else self.in_order
         room = 1 if wide else tiles.HEADS_ROOM
-        head_bytes //= max(1, problem.sequences)  # about one of each head is in use at a time
+        if self.makes_dq:
+            head_bytes //= max(1, problem.sequences)
         sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
         key_blocks, pieces = places // together * key_tiles, 1
         cut_from, last_keys_first = key_blocks, places // together
@@ -777,12 +778,15 @@ class BackwardPlan:
         self.rows_in_dq = in_dq * main.query_tile
         if in_dq:
             self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
-        # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won.
-        full = problem.left is None and problem.right is None
+        # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won; of
+        # packed sequences not all blocks of the grid would tell.
+        full = problem.left is None and problem.right is None and not problem.sequences
         self.overlaps = self.finishes and full and maps is not None and not in_parts and not in_dq
         tellers = 2 if self.in_order and main.query_tile == 128 else 1  # threads of a block that add in order
         added = key_tiles * pieces * tellers if self.overlaps else 0
-        clears = self.finishes and maps is not None and not (in_parts or in_dq or bias_options) and self.rows < 2**31
+        # With lengths a head may have no key block that adds to its sums, and so waits for these to be cleared.
+        whole = not (in_parts or in_dq or bias_options or options & (tiles.PACKED | tiles.LENGTHS))
+        clears = self.finishes and maps is not None and whole and self.rows < 2**31
         ahead, clearing = clear_ahead(sweep_heads, places // together, key_tiles, device) if clears else (0, 0)
         self.counts = self.takes_turns or self.overlaps or clearing > 0  # in row_turn
         rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}

@@ -402,9 +402,9 @@ IN_PLACE_WORK = 2**40
 # far more than L2 holds. By trials on an H200, 2^18 to 2^20 steps; causal calls were slower with it.
 WALK_TOGETHER_BYTES = 2**28
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
-# 512 to 8,192 keys, and of packed sequences with 2,048 on average; and where a block sums heads that share keys: at d 128 by trials with 2,048.
+# 512 to 8,192 keys; and of packed sequences, up to how many on average, and where a block sums heads that share keys: at d 128 by trials with 2,048.
 MAKES_DQ = {(64, 64): (4096, 2048), (128, 128): (1024, 1024)}
-MAKES_DQ_GROUPED = MAKES_DQ | {(128, 128): (2048, 1024)}
+MAKES_DQ_PACKED_OR_GROUPED = MAKES_DQ | {(128, 128): (2048, 1024)}
 # So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each
 # counts as so many, as it does where key blocks neither make dQ nor keep an order. By the same trials, and others of the latter.
 HEADS_MAKE_DQ, HEADS_ROOM = 16, 2
