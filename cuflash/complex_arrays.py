@@ -42,11 +42,15 @@ class ComplexBackend:
         real = (as_real(name, array) for name, array in (("q", q), ("k", k), ("v", v), ("out", out)))
         again = self.backend.forward_again(_real_problem(problem), *real, lse)
 
-        def call(q, k, v):
-            result = again(q, k, v)  # looks at their addresses only
+        def call(q, k, v, cu_seqlens):
+            result = again(q, k, v, cu_seqlens)  # looks at their addresses only
             return None if result is None else (as_complex(result[0]), result[1])
 
         return None if again is None else call
+
+    def backward_again(self, *call):
+        """None: gradients are new arrays of the parts, which are worth more than what it would save."""
+        return None
 
     def backward(self, problem, dout, q, k, v, out, lse, dlse=None):
         with _on_device(problem):

@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(384, 1) backward_parts_sm90(const __grid_const
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, Tiles::DQ_WARPS, DS_STAGES);
     for (int stage = 0; stage < DS_STAGES; ++stage) barrier_init(base + Tiles::P_FULL + 8 * stage, 4);
-    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, Tiles::DQ_WARPS, 2);
-    barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
+    init_barriers_of_turns<Tiles>(base, Tiles::DQ_WARPS);
     barrier_init_fence();
   }
   __syncthreads();

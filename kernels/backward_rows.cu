@@ -1,7 +1,7 @@
 // What the backward pass does to whole rows before and after its main kernel; no products of matrices here.
 //
-//   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse, and dq_sum = 0 of heads that no key block clears     (FlashAttention-2, algorithm 2, line 4)
-//                      with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
+//   backward_prepare:  row_lse = lse in the units of the scores' exponents, row_d = D = rowsum(dO ∘ O) - dlse (FlashAttention-2, algorithm 2, line 4), and dq_sum = 0
+//                      of heads that no key block clears; with SINKS also row_sink = exp(sink - lse) D, minus which is the row's part of the sink's gradient
 //   backward_finish:   dQ = scale · dq_sum, in dQ's type, or in float32 (float64) where the host sums parts; backward_finish_sm90: the same of the sm90 family's sums,
 //                      where the host says so of each head's as soon as they are complete
 //

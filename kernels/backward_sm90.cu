@@ -78,10 +78,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     init_ring(base, Tiles::DS_FULL, 8, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::SLAB_FULL, 4, Tiles::SLAB_EMPTY, 1, Tiles::WARPGROUPS);
     begin_walk<Tiles>(problem, base);
-    if constexpr (Tiles::WARPS_IN_ORDER) {
-      init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 2);
-      barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
-    }
+    if constexpr (Tiles::WARPS_IN_ORDER) init_barriers_of_turns<Tiles>(base, 8);
     if constexpr (MAKES_DQ) {
       barrier_init(base + Tiles::K_FULL + 8, 1);
       barrier_init(base + Tiles::K_EMPTY, 8), barrier_init(base + Tiles::K_EMPTY + 8, 8);
@@ -97,10 +94,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
     const int warp = uniform(threadIdx.x / 32 % 4);
     if constexpr (!MAKES_DQ) {
       if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-      if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
+      if (warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
     }
     if (threadIdx.x % 32) return;
-    let_next_kernel_begin();   // which waits for what it needs
     if constexpr (MAKES_DQ) {
       static_assert(Q_STAGES == 2 && DO_STAGES == 2, "");
       if (warp == 3) {
@@ -116,6 +112,7 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         follow_key_blocks<Block, Tiles>(shared, base, [&](const Slot& slot) { turns.take(problem, slot, warp - 1, base); });
       }
     } else {
+      let_next_kernel_begin();   // which waits for what it needs
       if (!IN_ORDER && warp == 2) tell_of_heads<Block>(problem, [&] { barrier_wait(base + Tiles::ALL_ADDED, 0), barrier_wait(base + Tiles::ALL_ADDED + 8, 0); });
       if (warp == 0) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, true, !Tiles::TWO_LOAD>(problem, maps, base);
       if (Tiles::TWO_LOAD && warp == 1) load_for_key_block<Tiles, Block, QUERY_TILE, Q_STAGES, DO_STAGES, IN_ORDER, false, true>(problem, maps, base);
@@ -409,9 +406,9 @@ __global__ void __launch_bounds__(384, 1) backward_sm90(const __grid_constant__ 
         next_tile = uniform(next_tile + skips);
       }
       if constexpr (CLEARS) {
-        barrier_wait(base + Tiles::V_FULL, count % 2);
         const int seen = block.sequence.seen() - block.first_key;
         if (seen < Tiles::KEY_TILE) {
+          barrier_wait(base + Tiles::V_FULL, count % 2);
           clear_rows(keys, Tiles::Q_BOXES, Tiles::KEY_BOX, max(seen, 0));
           clear_rows(base + Tiles::V, Tiles::V_BOXES, Tiles::KEY_BOX, max(seen, 0));
           cleared();

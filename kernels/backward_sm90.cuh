@@ -19,6 +19,12 @@ template <typename Tiles, int Q_STAGES, int DO_STAGES> __device__ __forceinline_
   barrier_init(base + Tiles::ROWS_FOUND, 1);
 }
 
+// Of those who take turns at dQ (give_turns, tell_of_turns): `adding` warps do.
+template <typename Tiles> __device__ __forceinline__ void init_barriers_of_turns(u32 base, int adding) {
+  init_ring(base, Tiles::TURN, 1, Tiles::ADDED, adding, 2);
+  barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
+}
+
 // make() makes the barriers, in the thread that loads, which goes on at once; the others wait for it. A block of 384 threads, of which the last 128 load.
 template <typename Make> __device__ __forceinline__ void make_barriers(Make make) {
   constexpr int ID = 15, LOADER = 8;
@@ -60,9 +66,9 @@ template <int HEAD_DIM, typename Block> __device__ __forceinline__ void clear_su
 }
 
 // The blocks that do that began earlier.
-template <typename Block> __device__ __forceinline__ void wait_for_cleared_sums(const Problem& problem, const Block& block) {
-  if (problem.clearing_blocks && block.schedule.place >= problem.clears_ahead)
-    wait_for_at_least(problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_CLEARED, problem.clearing_blocks);
+__device__ __forceinline__ void wait_for_cleared_sums(const Problem& problem, u32 place) {
+  if (problem.clearing_blocks && place >= problem.clears_ahead)
+    wait_for_at_least(problem.row_turn + place * problem.heads_per_block * problem.padded_queries + HEAD_CLEARED, problem.clearing_blocks);
 }
 
 // Keys and values of the block, then queries with their lse and output gradients with their D, tile by tile, as far ahead as the rings allow: by one thread, or QUERIES
@@ -89,7 +95,7 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
       const int tile = tile_of_walk<Tiles, IN_ORDER>(problem, block, step, base);
       if (QUERIES && problem.walked_to) store_relaxed(problem.walked_to, tile);
       const int row = block.sequence.first_query + tile * QUERY_TILE;
-      if (QUERIES && head == 0 && step == min(block.first_tile + 1, block.last_tile - 1)) wait_for_cleared_sums(problem, block);   // nothing is added before this tile is there
+      if (QUERIES && head == 0 && step == min(block.first_tile + 1, block.last_tile - 1)) wait_for_cleared_sums(problem, block.schedule.place);   // nothing is added before this tile is there
       if constexpr (QUERIES) {
         q_ring.wait_empty(base + Tiles::Q_EMPTY);
         const u32 full = base + Tiles::Q_FULL + 8 * q_ring.stage;
@@ -110,17 +116,21 @@ __device__ __forceinline__ void load_for_key_block(const Problem& problem, const
 }
 
 // backward_finish_sm90 begins while the last key blocks are under way, at heads that are done: a thread that has nothing else to do counts, in a word of each of the
-// block's heads, that the block has added all it had to their sums, once wait() says so. A piece counts once, a whole block as often as there are pieces in one.
+// block's heads, that they are cleared and the block has added all it had to them, once wait() says so. A piece counts once, a whole block as often as there are pieces in
+// one, and what may be no key block (of packed sequences) too.
 template <typename Block, typename Wait> __device__ __forceinline__ void tell_of_heads(const Problem& problem, Wait wait) {
   if (!problem.added_to_head) return;
   u32* word;
   u32 count;
+  bool exists;
   {
     const u32 index = block_index_again();
     const Block block(problem, index);
-    word = problem.row_turn + block.sequence.padded_row(problem, block.place) + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
+    word = problem.row_turn + block.place.flat(problem) * problem.padded_queries + HEAD_ADDED, count = Block::is_piece(problem, index) ? 1 : problem.pieces;
+    exists = block.exists();
+    wait_for_cleared_sums(problem, block.schedule.place);
   }
-  wait();
+  if (exists) wait();
   for (int head = 0; head < problem.heads_per_block; ++head) add_release(word + head * problem.padded_queries, count);   // what the warps have added too
 }
 

@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     init_barriers_of_loads<Tiles, Q_STAGES, DO_STAGES>(base);
     init_ring(base, Tiles::DS_FULL, 4, Tiles::DS_EMPTY, 8, Tiles::DS_STAGES);
     init_ring(base, Tiles::P_FULL, 4, Tiles::P_EMPTY, 4, 1);
-    init_ring(base, Tiles::TURN, 1, Tiles::ADDED, 8, 2);
-    barrier_init(base + Tiles::TOLD, 1), barrier_init(base + Tiles::TOLD + 8, 1);
+    init_barriers_of_turns<Tiles>(base, 8);
     begin_walk<Tiles>(problem, base);
   });
 
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(384, 1) backward_wide_sm90(const __grid_consta
     give_registers<Tiles::LOADING_REGISTERS>();
     const int warp = uniform(threadIdx.x / 32 % 4);
     if (warp == 3 && threadIdx.x % 32 == 0) find_gradient_rows<PRECISION, Tiles, Block>(problem, shared, base);
-    if (!Block::IS_PACKED && warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
+    if (warp == 3 && problem.clearing_blocks) clear_sums_ahead<HEAD_DIM, Block>(problem);
     if (threadIdx.x % 32) return;
     let_next_kernel_begin();   // which waits for what it needs
     if (warp == 0) load_for_key_block<Tiles, Block, 64, Q_STAGES, DO_STAGES, IN_ORDER>(problem, maps, base);

@@ -96,9 +96,9 @@ template <typename Tiles, typename Block, int QUERY_TILE> struct KeyBlockLoader 
 // have added theirs, and makes dQ.
 enum AtSum : u32 { FIRST_AT_SUM = 1, LAST_AT_SUM = 2, NOT_YET = 4 };
 
-// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come, which says who is first and last, and who has added. So whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made
-// it, as with in_order, which fixes all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as
-// the answer comes from L2.
+// The turns of a warpgroup at the sums of dQ, half of a query tile at a time. A word counts who has come, which says who is first and last, and who has added. So
+// whoever comes last makes dQ, and waits for others only while they add: where the key block of the last keys that a tile sees made it, as with in_order, which fixes
+// all roles and turns beforehand, it would wait for the one before. A block comes to a tile when it is done with the one before, as the answer comes from L2.
 //
 // Whoever is waited for has come already, or with in_order has an earlier key block; and blocks never wait for each other in a ring. If one that has come does not add,
 // it is as its other warpgroup waits, at an earlier tile of the same walk, as all walk the same way; so of all who wait, one at the earliest tile can go on. Hence

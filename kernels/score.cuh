@@ -75,10 +75,15 @@ struct TileOfSequence {
   __device__ __forceinline__ explicit TileOfSequence(int tile) : sequence(0), tile(tile) {}
   __device__ __forceinline__ TileOfSequence(const int* offsets, int sequences, int total, int tile_rows, int slot) {
     int low = 0, high = sequences;   // the last sequence whose first slot is not after `slot`
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first_slot(offsets, middle, total, tile_rows) <= slot) low = middle;
-      else high = middle;
+    while (high - low > 1) {   // in eighths: offsets that are asked for together come in the time of one, and most blocks begin by waiting for them
+      const int step = (high - low + 7) / 8, begin = low, end = high;
+#pragma unroll
+      for (int i = 1; i < 8; ++i) {
+        const int middle = begin + i * step;
+        const bool after = first_slot(offsets, min(middle, end - 1), total, tile_rows) > slot || middle >= end;
+        if (!after) low = middle;
+      }
+      high = min(low + step, end);
     }
     sequence = low, tile = slot - first_slot(offsets, low, total, tile_rows);
   }

@@ -10,7 +10,7 @@ from test_memory import peak_bytes
 from test_options import NAMES, option
 
 import cuflash
-from cuflash import reference
+from cuflash import reference, repeat
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ("float16", "bfloat16", "float32", "tf32", "float64")
@@ -141,6 +141,26 @@ def test_poisoned_memory(precision, deterministic, shapes, seed):
     assert_all_close(results, wanted, roundings=8)
 
 
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_poisoned_memory_of_packed_sequences(precision, deterministic, head_dim, seed):
+    """Of one of them there are no queries, of another one no keys; and rows that none holds, which only cu_seqlens in GPU memory can have, are cleared."""
+    arrays = Arrays(cupy, precision, seed)
+    q, k, v = (arrays.normal(4, length, head_dim) for length in (75, 139, 139))
+    dout = arrays.normal(4, 75, head_dim)
+    held = slice(7, 72), slice(4, 133)
+    own = dout[:, held[0]], q[:, held[0]], k[:, held[1]], v[:, held[1]]
+    wanted = reference_of_all(*own, cu_seqlens=([0, 30, 30, 60, 65], [0, 50, 90, 90, 129]), **arrays.options)
+    offsets = tuple(cupy.asarray(offsets, dtype=numpy.int32) for offsets in ([7, 37, 37, 67, 72], [4, 54, 94, 94, 133]))
+    with guarded_memory():
+        results = forward_and_backward(dout, q, k, v, deterministic=deterministic, cu_seqlens=offsets, **arrays.options)
+    rows = [held[0], held[0], held[0], held[1], held[1]]  # of out, lse, dq, dk, dv
+    assert_all_close([result[:, own] for result, own in zip(results, rows)], wanted, roundings=8)
+    for result, own, cleared in zip(results, rows, (0, -numpy.inf, 0, 0, 0)):
+        assert (to_numpy(result[:, : own.start]) == cleared).all() and (to_numpy(result[:, own.stop :]) == cleared).all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_1000_forwards_in_dirty_memory(precision, causal, seed):
@@ -249,11 +269,11 @@ def test_sums_of_dq_in_dq_itself(precision, head_dim, length, options, seed, no_
     arrays = Arrays(cupy, precision, seed)
     dout, q, k, v = (arrays.normal(3, length, head_dim) for _ in range(4))
     monkeypatch.setattr(tiles, "MAKES_DQ", {})
-    monkeypatch.setattr(tiles, "MAKES_DQ_PACKED_OR_GROUPED", {})
     expected = forward_and_backward(dout, q, k, v, deterministic=True, **options)
     apart = peak_bytes(cupy, lambda: cuflash.attention_backward(dout, q, k, v, *expected[:2], deterministic=True, **options))
     monkeypatch.setattr(tiles, "IN_PLACE_WORK", 0)
     no_plans.clear()
+    repeat._calls.clear()
     with guarded_memory():
         results = forward_and_backward(dout, q, k, v, deterministic=True, **options)
     for own, wanted in zip(results, expected):

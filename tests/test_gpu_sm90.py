@@ -43,7 +43,6 @@ def assert_a_thousand_backwards_are_equal(dout, q, k, v, options):
 def long_calls(monkeypatch):
     """The kernels of long calls take short ones too."""
     monkeypatch.setattr(tiles, "MAKES_DQ", {})
-    monkeypatch.setattr(tiles, "MAKES_DQ_PACKED_OR_GROUPED", {})
 
 
 @pytest.fixture(params=["bfloat16", "float16"])
@@ -255,7 +254,9 @@ class TestFloat32InParts(InParts):
     TILES = sorted({(precision, dim, *vars(tile).values()) for precision, dim, row in ROWS for _, tile in row})
 
     def plan(self, no_plans):
-        plans = (plan.main if isinstance(plan, launch.Masked) else plan for plan in no_plans.values())
+        plans = list(no_plans.values())
+        plans += [plan.main for plan in plans if isinstance(plan, launch.PackedForward)]
+        plans += [plan.main for plan in plans if isinstance(plan, launch.Masked)]
         return next(plan for plan in plans if isinstance(plan, launch.PartsForward))
 
     @staticmethod
@@ -379,7 +380,7 @@ class TestFloat32InParts(InParts):
             no_plans.clear()
             offsets = cupy.arange(0, 801, length, dtype=numpy.int32)
             check_forward(q, k, v, cu_seqlens=(offsets, offsets), roundings=8, **arrays.options)
-            assert any(isinstance(plan, launch.PartsForward) for plan in no_plans.values()) == in_parts
+            assert all(isinstance(plan.main, launch.PartsForward) == in_parts for plan in no_plans.values())
 
     def test_bad_values_beyond_the_lengths_are_not_seen(self, arrays, no_plans):
         q, k, v = arrays.qkv(300, 500, 64, lead=(2, 3))
@@ -703,7 +704,7 @@ def test_backward_in_order(arrays, dims, shape, long_calls, no_plans):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("name", ["full", "causal", "window", "heads that share keys", "key blocks without queries", "pieces"])
+@pytest.mark.parametrize("name", ["full", "causal", "window", "heads that share keys", "key blocks without queries", "pieces", "packed", "no keys"])
 @pytest.mark.parametrize("dims", tiles.BACKWARD_SM90, ids=str)
 def test_sums_that_key_blocks_of_heads_before_clear(arrays, dims, name, deterministic, long_calls, no_plans, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
@@ -712,6 +713,10 @@ def test_sums_that_key_blocks_of_heads_before_clear(arrays, dims, name, determin
     if name == "pieces":
         monkeypatch.setattr(launch, "cut_key_blocks", lambda blocks, query_tiles, uneven, device: (blocks // 2, 3))
     options = {"causal": {"causal": True}, "window": {"window": (70, 20)}, "key blocks without queries": {"causal": True, "offset": 0}}.get(name, {})
+    if name == "packed":
+        options = option("cu_seqlens", arrays, (2,), 4, 300, 350)
+    if name == "no keys":  # of the second batch entry, whose dq is 0
+        options = {"kv_lengths": cupy.asarray([200, 0])}
     q, k, v = arrays.normal(2, 4, 300, dims[0]), arrays.normal(2, key_heads, keys, dims[0]), arrays.normal(2, key_heads, keys, dims[1])
     check_backward(arrays.normal(2, 4, 300, dims[1]), q, k, v, roundings=8, deterministic=deterministic, **options)
     (plan,) = (plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan))
@@ -756,14 +761,18 @@ class TestDqBesideTheLastKeyBlocks:
     """dQ of heads that are done is made while key blocks of others are under way."""
 
     @pytest.fixture
-    def backward(self, head_dim, seed, long_calls, no_plans):
+    def backward(self, head_dim, call, seed, long_calls, no_plans):
         """512 key blocks and more: not all run at the same time."""
         needs_sm90()
         arrays = Arrays(cupy, "bfloat16", seed)
-        q, k, v = arrays.qkv(700, 1000 if head_dim < 256 else 500, head_dim, lead=(4, 16))
-        dout = arrays.normal(4, 16, 700, head_dim)
-        out, lse = cuflash.attention_forward(q, k, v)
-        return lambda: cuflash.attention_backward(dout, q, k, v, out, lse)
+        queries, keys, lead, options = 700, 1000 if head_dim < 256 else 500, (4, 16), {"deterministic": call == "in order"}
+        if call == "packed":  # of one sequence there are no keys
+            options = {"cu_seqlens": ([0, 600, 1500, 1600, 2800], [0, keys, 3 * keys, 3 * keys, 4 * keys])}
+            queries, keys, lead = 2800, 4 * keys, (16,)
+        q, k, v = arrays.qkv(queries, keys, head_dim, lead=lead)
+        dout = arrays.normal(*lead, queries, head_dim)
+        out, lse = cuflash.attention_forward(q, k, v, **options)
+        return lambda: cuflash.attention_backward(dout, q, k, v, out, lse, **options)
 
     @staticmethod
     def in_turn(backward, monkeypatch):
@@ -779,6 +788,7 @@ class TestDqBesideTheLastKeyBlocks:
             actual, wanted = (x.astype(cupy.float32) for x in (actual, wanted))
             assert float(abs(actual - wanted).max()) <= 2.0**-7 * float(abs(wanted).max())
 
+    @pytest.mark.parametrize("call", ["single", "in order", "packed"])
     @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
     def test_it_waits_for_its_head(self, backward, no_plans, monkeypatch):
         expected = self.in_turn(backward, monkeypatch)
@@ -787,7 +797,7 @@ class TestDqBesideTheLastKeyBlocks:
         (plan,) = [plan for plan in no_plans.values() if isinstance(plan, launch.BackwardPlan)]
         assert plan.overlaps and plan.finish.overlaps
 
-    @pytest.mark.parametrize("head_dim", [128])
+    @pytest.mark.parametrize(("head_dim", "call"), [(128, "single")])
     def test_in_a_graph(self, backward, monkeypatch):
         expected = self.in_turn(backward, monkeypatch)
         pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
@@ -892,9 +902,9 @@ class TestDqMadeByKeyBlocks:
         elif why == "heads the host sums":
             heads = (4, 2)
         elif why == "long":
-            monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), (279, 279))
+            monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), {"single": (279, 279)})
         elif why == "long on average":
-            monkeypatch.setitem(tiles.MAKES_DQ_PACKED_OR_GROUPED, (64, 64), (69, 69))
+            monkeypatch.setitem(tiles.MAKES_DQ, (64, 64), {"packed": (69, 69)})
             options = option("cu_seqlens", arrays, (2,), 4, queries, keys)
         else:
             options = option(why, arrays, (2,), 4, queries, keys)

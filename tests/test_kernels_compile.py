@@ -290,6 +290,11 @@ def test_mask_words(architecture):
     assert spills("mask_words.cu", ["mask_words"], architecture) == []
 
 
+@pytest.mark.parametrize("architecture", SHARED_LIMITS)
+def test_outside_sequences(architecture):
+    assert spills("outside_sequences.cu", [f"outside_sequences<{kind}>" for kind in tiles.PRECISIONS.values()], architecture) == []
+
+
 def test_a_spill_is_seen():
     """The check above fails on a kernel that keeps an array in local memory."""
     source = "__global__ void local(int* x) { int y[64]; for (int i = 0; i < 64; ++i) y[x[i] & 63] = i; *x = y[*x & 63]; }"

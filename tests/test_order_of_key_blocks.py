@@ -74,16 +74,28 @@ def test_sums_are_cleared_early_enough_and_of_a_later_sweep(sweep_heads, key_til
 
 
 @pytest.mark.parametrize(
-    ("head_bytes", "in_order", "makes_dq", "heads"),
+    ("head_bytes", "causal", "in_order", "makes_dq", "heads"),
     [
-        (2**20, True, False, 16),  # eight key blocks of a head run at once
-        (2**22, True, False, 8),  # sixteen
-        (2**23, True, False, 4),
-        (2**26, True, False, 1),
-        (2**20, False, False, 32),
-        (2**22, True, True, 16),
+        (2**20, True, True, False, 16),  # eight key blocks of a head run at once
+        (2**22, True, True, False, 8),  # sixteen
+        (2**23, True, True, False, 4),
+        (2**26, True, True, False, 1),
+        (2**20, True, False, False, 16),  # each counts as two
+        (2**20, False, False, False, 1),
+        (2**22, True, False, True, 16),
+        (2**20, True, True, True, 32),
+        (2**20, False, False, True, 16),
     ],
 )
-def test_heads_that_are_swept_together(head_bytes, in_order, makes_dq, heads):
-    problem = types.SimpleNamespace(left=None, right=0, device=0)
-    assert launch.sweep(problem, head_bytes, 1000, in_order, makes_dq) == heads
+@pytest.mark.parametrize("sequences", [0, 4])
+def test_heads_whose_key_blocks_are_swept_together(head_bytes, causal, in_order, makes_dq, heads, sequences):
+    problem = types.SimpleNamespace(left=None, right=0 if causal else None, device=0, sequences=sequences)
+    head_bytes *= max(1, sequences)  # of which one is in use at a time
+    assert launch.sweep_key_blocks(problem, head_bytes, 1000, in_order, makes_dq) == heads
+    assert launch.sweep_key_blocks(problem, head_bytes, 2, in_order, makes_dq) == min(2, heads)
+
+
+@pytest.mark.parametrize(("causal", "sequences", "heads"), [(False, 0, 1), (True, 0, 8), (False, 4, 32), (True, 4, 32)])
+def test_heads_whose_query_tiles_are_swept_together(causal, sequences, heads):
+    problem = types.SimpleNamespace(left=None, right=0 if causal else None, sequences=sequences)
+    assert launch.sweep(problem, 2**22, 1000) == heads

@@ -1,5 +1,6 @@
 """Attention on CuPy arrays, by the newest kernel family that has a kernel for a call: sm80, every NVIDIA GPU from compute capability 8.0 on, or sm90."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -28,9 +29,6 @@ def forward(problem, q, k, v, out=None):
             target = cupy.empty(problem.out_shape, problem.dtype)
         lse = _empty_lse(problem.lse_shape, problem.lse_dtype)
         if lse.size:
-            if problem.sequences:  # rows that no sequence holds, should cu_seqlens be wrong
-                target.fill(0)
-                lse.fill(-cupy.inf)
             call = _Call(problem, {"q": q, "k": k, "v": v, "out": target, "lse": lse})
             _launch_forward(call.plan("forward", launch.plan_forward), call.words, lse)
         if out is not None and target is not out:
@@ -46,9 +44,9 @@ def _empty_lse(shape, dtype):
 
 def _launch_forward(plan, words, lse):
     if plan.counts:
-        counter = lse.data.ptr + lse.nbytes
-        cupy.cuda.runtime.memsetAsync(counter, 0, 4, cupy.cuda.get_current_stream().ptr)
-        words["tile_counter"] = counter
+        words["tile_counter"] = lse.data.ptr + lse.nbytes
+        if not isinstance(plan, launch.PackedForward):  # which clears it itself
+            cupy.cuda.runtime.memsetAsync(words["tile_counter"], 0, 4, cupy.cuda.get_current_stream().ptr)
     plan(words)
 
 
@@ -59,26 +57,66 @@ class _Forward:
         self.device, self.plan = problem.device, plan
         self.out_shape, self.dtype, self.lse_shape, self.lse_dtype = problem.out_shape, problem.dtype, problem.lse_shape, problem.lse_dtype
 
-    def __call__(self, q, k, v):
+    def __call__(self, q, k, v, cu_seqlens):
         if (q.data.ptr | k.data.ptr | v.data.ptr) & 15 or cupy.cuda.runtime.getDevice() != self.device:
             return None
         out = cupy.ndarray(self.out_shape, self.dtype)
         lse = _empty_lse(self.lse_shape, self.lse_dtype)
-        _launch_forward(self.plan, {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "lse": lse.data.ptr}, lse)
+        words = {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "lse": lse.data.ptr}
+        if cu_seqlens is not None:
+            words |= {"cu_q": cu_seqlens[0].data.ptr, "cu_k": cu_seqlens[1].data.ptr}
+        _launch_forward(self.plan, words, lse)
         return out, lse
+
+
+def _only_addresses_change(problem, *arrays):
+    """Whether the same call for other arrays differs in nothing else: no copies, no seeds, no arrays among its options but offsets of packed sequences."""
+    if problem.dropout or not (problem.offset is None or isinstance(problem.offset, int)):
+        return False
+    if any(array is not None for array in (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths, problem.kv_lengths)):
+        return False
+    return all(map(_in_place, arrays))
 
 
 def forward_again(problem, q, k, v, out, lse):
     """After a forward without `out`: what makes the same call for other arrays at less cost for the host, or None where there is more to do than a launch."""
-    if problem.sequences or problem.dropout or not isinstance(problem.offset, int):
-        return None
-    if any(array is not None for array in (problem.mask, problem.bias, problem.alibi_slopes, problem.sinks, problem.q_lengths, problem.kv_lengths)):
-        return None
-    if not (lse.size and out.flags.c_contiguous and all(_in_place(array) for array in (q, k, v))):
+    if not (lse.size and out.flags.c_contiguous and _only_addresses_change(problem, q, k, v)):
         return None
     arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     with cupy.cuda.Device(problem.device):
         return _Forward(problem, _Call(problem, arrays).plan("forward", launch.plan_forward))
+
+
+class _Backward:
+    """The same of a backward."""
+
+    def __init__(self, problem, plan):
+        self.problem, self.plan = dataclasses.replace(problem, cu_q=None, cu_k=None), plan
+
+    def __call__(self, dout, q, k, v, out, lse, dlse, cu_seqlens):
+        problem = self.problem
+        if (dout.data.ptr | q.data.ptr | k.data.ptr | v.data.ptr) & 15 or cupy.cuda.runtime.getDevice() != problem.device:
+            return None
+        dq, dk, dv = (allocate_like_order(cupy, array, array.shape, problem.dtype) for array in (q, k, v))
+        words = {"q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "out": out.data.ptr, "dout": dout.data.ptr, "lse": lse.data.ptr}
+        words |= {"dq": dq.data.ptr, "dk": dk.data.ptr, "dv": dv.data.ptr}
+        if dlse is not None:
+            words["dlse"] = dlse.data.ptr
+        if cu_seqlens is not None:
+            words |= {"cu_q": cu_seqlens[0].data.ptr, "cu_k": cu_seqlens[1].data.ptr}
+        _run_backward(problem, self.plan, words, dq, dk, dv, None, None)
+        return dq, dk, dv
+
+
+def backward_again(problem, dout, q, k, v, out, lse, dlse, *gradients):
+    """The same of a backward."""
+    if not (lse.size and problem.key_length and side_by_side(out) and _only_addresses_change(problem, dout, q, k, v)):
+        return None
+    arrays = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse, **dict(zip(("dq", "dk", "dv"), gradients))}
+    if dlse is not None:
+        arrays["dlse"] = dlse
+    with cupy.cuda.Device(problem.device):
+        return _Backward(problem, _Call(problem, arrays).plan("backward", launch.BackwardPlan))
 
 
 def backward(problem, dout, q, k, v, out, lse, dlse=None):
@@ -87,7 +125,7 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
         _check(problem)
         dq, dk, dv = (allocate_like_order(cupy, array, array.shape, problem.dtype) for array in (q, k, v))
         nothing = not lse.size or not problem.key_length
-        if nothing or problem.sequences:  # see forward
+        if nothing:
             for gradient in (dq, dk, dv):
                 gradient.fill(0)
         dbias = None if problem.bias is None else (cupy.zeros if nothing or problem.sequences else cupy.empty)(problem.bias.shape, problem.bias.dtype)
@@ -108,12 +146,11 @@ def backward(problem, dout, q, k, v, out, lse, dlse=None):
 def _run_backward(problem, plan, words, dq, dk, dv, dbias, dsinks):
     """The launches of a backward, with their buffers."""
     sums = problem.lse_dtype
-    rows = cupy.empty((2 + (dsinks is not None) + plan.counts, plan.rows), sums)
-    words |= {"row_lse": rows[0].data.ptr, "row_d": rows[1].data.ptr}
-    if dsinks is not None:
-        words["row_sink"] = rows[2].data.ptr
-    if plan.counts:
-        words["row_turn"] = rows[-1].data.ptr
+    if plan.outside is not None:
+        plan.outside(words)
+    names = ["row_lse", "row_d", *["row_sink"] * (dsinks is not None), *["row_turn"] * plan.counts]
+    rows = cupy.empty((len(names), plan.rows), sums)
+    words |= {name: rows.data.ptr + index * plan.rows * sums.itemsize for index, name in enumerate(names)}
     if plan.pieces_shape is not None:
         pieces = cupy.zeros(plan.pieces_shape, sums)
         words["partial_out"] = pieces.data.ptr

@@ -254,14 +254,30 @@ def last_first(problem):
     return problem.right is not None and problem.left is None
 
 
-def sweep(problem, head_bytes, places, in_order=False, makes_dq=False):
-    """How many of the grid's heads are swept together: only where tiles are uneven or blocks of a head wait for each other. What they share fits in L2."""
+def sweep(problem, head_bytes, places):
+    """How many of the grid's heads are swept together where tiles are uneven: what they share fits in L2."""
+    if not (last_first(problem) or problem.sequences):
+        return 1
+    return max(1, min(places, L2_BYTES // max(1, _bytes_in_use(problem, head_bytes))))
+
+
+def _bytes_in_use(problem, head_bytes):
+    """Of a head's, at a time: about one sequence."""
+    return head_bytes // max(1, problem.sequences)
+
+
+def sweep_key_blocks(problem, head_bytes, places, in_order, makes_dq):
+    """The same of backward's key blocks, which may wait for each other (in order), or for others of a head to end (where they make dQ)."""
     uneven = last_first(problem)
     if not (uneven or in_order or makes_dq):
         return 1
-    least, most = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1, L2_BYTES // max(1, head_bytes)
+    head_bytes = _bytes_in_use(problem, head_bytes)
+    if not (uneven if makes_dq else in_order):
+        head_bytes *= tiles.HEADS_ROOM
+    most = L2_BYTES // max(1, head_bytes)
     if in_order and not makes_dq:  # the fewer heads, the more key blocks of each wait for the one before at the same time
         most = min(most, max(most // 2, multiprocessors(problem.device) // tiles.BLOCKS_IN_ORDER))
+    least = tiles.HEADS_MAKE_DQ if uneven and makes_dq else 1
     return max(1, min(places, max(least, most)))
 
 
@@ -373,7 +389,8 @@ def plan_forward(problem, views, alignment):
     """The launch of a forward pass; `views`: name -> layout."""
     problem, views = _heads_as_rows(problem, views)
     bits = mask_bits(problem, views)
-    return _with_mask(bits, _plan_forward(problem, views if bits is None else bits.views, alignment))
+    launch = _with_mask(bits, _plan_forward(problem, views if bits is None else bits.views, alignment))
+    return PackedForward(OutsideSequences(problem, views, ("out", "lse")), launch) if problem.sequences else launch
 
 
 def _plan_forward(problem, views, alignment):
@@ -562,6 +579,29 @@ def _with_mask(bits, launch):
     return launch if bits is None else Masked(bits, launch)
 
 
+class OutsideSequences:
+    """The launch that clears what no sequence holds of packed arrays (kernels/outside_sequences.cu), before those that write the rest."""
+
+    def __init__(self, problem, views, names):
+        kernel = modules.kernel("outside_sequences.cu", f"outside_sequences<{tiles.PRECISIONS[problem.precision]}>", 0, problem.device)
+        self.names = (*names, "cu_q", "cu_k", "tile_counter")
+        self.clear = Launch(kernel, multiprocessors(problem.device), 256, 0, argument(problem, {name: views[name] for name in names}))
+
+    def __call__(self, words):
+        self.clear({name: words[name] for name in self.names if name in words})
+
+
+class PackedForward:
+    """A forward of packed sequences."""
+
+    def __init__(self, outside, main):
+        self.outside, self.main, self.counts = outside, main, main.counts
+
+    def __call__(self, words):
+        self.outside(words)
+        self.main(words)
+
+
 class PartsForward:
     """Float32 arrays become parts, and the sm90 family takes those; or the sm80 family the arrays, where parts will not do. Only the GPU knows which."""
 
@@ -658,7 +698,8 @@ def _tiles_in_dq(problem, views, dims, padded, tile):
 
 def _key_blocks_make_dq(problem, views, dims, together):
     """Whether key blocks of backward_sm90 make dQ: of sequences that are short, on average, where what they write is whole pieces of 16 bytes."""
-    keys_uneven, keys_even = (tiles.MAKES_DQ_PACKED_OR_GROUPED if problem.sequences or together > 1 else tiles.MAKES_DQ).get(dims, (0, 0))
+    kind = "grouped" if together > 1 else "packed" if problem.sequences else "single"
+    keys_uneven, keys_even = tiles.MAKES_DQ.get(dims, {}).get(kind, (0, 0))
     most = (keys_uneven if last_first(problem) else keys_even) * max(1, problem.sequences)
     if problem.key_length > min(most, MOST_COUNTED_KEYS) or problem.left is not None or problem.bias is not None:
         return False
@@ -681,43 +722,48 @@ class FinishInPlace:
             step(words)
 
 
+def _main_of_backward(problem, views, options):
+    """The tile of the kernel for dK and dV, its head dims, and of the sm90 family its tensor maps, the parts of float32 arrays, and its options for dbias."""
+    precision, device = problem.precision, problem.device
+    size, own, maps, parts, bias_options = tiles.element_bytes(precision), None, None, None, 0
+    if family(device)[0] == "sm90" and problem.key_length and problem.query_length and (size == 2 or (size == 4 and tiles.parts_pay(problem))):
+        if size == 2:
+            bias_options = bias_gradient_options(problem)
+            own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options | bias_options)
+            if own is None and bias_options:  # dbias takes a kernel of its own
+                bias_options, own = 0, tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
+            maps = None if own is None else _maps_of_backward(problem, argument(problem, views), own[0])
+        else:
+            own = tiles.backward_parts(precision, problem.head_dim, problem.value_dim, options)
+            if own is not None:
+                parts = Parts(problem, views, ("q", "k", "v", "dout"), own[1], own[0].key_tile, options, ())
+                maps = parts.maps
+        if maps is not None:
+            return *own, maps, parts, bias_options
+        unreadable = "TMA cannot read these strides" if size == 2 else "parts of these arrays would take much memory, or TMA cannot read them"
+        log.info("backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else unreadable)
+    dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.head_dims_of(precision))
+    return tiles.choose(tiles.backward_table(options), precision, dims, shared_limit(device)), dims, None, None, 0
+
+
 class BackwardPlan:
     """The launches of a backward pass and the buffers between them."""
 
     def __init__(self, problem, views, alignment):
-        dims = tiles.head_dims(problem.head_dim, problem.value_dim, tiles.head_dims_of(problem.precision))
         precision, device = problem.precision, problem.device
         size, limit = tiles.element_bytes(precision), shared_limit(device)
         options = options_of(problem)
         row_options = options & (tiles.PACKED | tiles.LENGTHS | tiles.SINKS)
         options &= ~tiles.SINKS  # the lse holds them already
         places = math.prod(problem.batch) * problem.heads
+        self.outside = OutsideSequences(problem, views, ("dq", "dk", "dv")) if problem.sequences else None
         by_queries, by_keys = mask_bits(problem, views), mask_bits(problem, views, transposed=True)  # the latter is what the kernels for dK and dV take
         query_views, views = (views if bits is None else bits.views for bits in (by_queries, by_keys))
-
-        main, maps, float32_parts, bias_options = tiles.choose(tiles.backward_table(options), precision, dims, limit), None, None, 0
         if problem.bias is not None:  # from here on, as the batch dimensions that merge depend on all arrays
             views, query_views = (own | {"dbias": contiguous_layout(problem.bias.shape)} for own in (views, query_views))
-        if family(device)[0] == "sm90" and problem.key_length and problem.query_length and (size == 2 or (size == 4 and tiles.parts_pay(problem))):
-            if size == 2:
-                bias_options = bias_gradient_options(problem)
-                own = tiles.backward_sm90(problem.head_dim, problem.value_dim, options | bias_options)
-                if own is None and bias_options:  # dbias takes a kernel of its own
-                    bias_options, own = 0, tiles.backward_sm90(problem.head_dim, problem.value_dim, options)
-                maps = None if own is None else _maps_of_backward(problem, argument(problem, views), own[0])
-            else:
-                own = tiles.backward_parts(precision, problem.head_dim, problem.value_dim, options)
-                if own is not None:
-                    float32_parts = Parts(problem, views, ("q", "k", "v", "dout"), own[1], own[0].key_tile, options, ())
-                    maps = float32_parts.maps
-            if maps is not None:
-                main, dims = own
-            else:
-                unreadable = "TMA cannot read these strides" if size == 2 else "parts of these arrays would take much memory, or TMA cannot read them"
-                log.info("backward: %s; taken by the sm80 family", "the sm90 family has no tile for this call" if own is None else unreadable)
-                bias_options = 0
-        in_parts = float32_parts is not None and maps is not None
-        self.dims = dims
+
+        main, dims, maps, float32_parts, bias_options = _main_of_backward(problem, views, options)
+        self.dims, in_parts = dims, float32_parts is not None
         # dQ comes from sums over the key blocks, in no fixed order or (sm90) in theirs, or (sm80) from a kernel of its own.
         self.in_order = problem.deterministic and maps is not None
         self.separate_dq = maps is None and (problem.deterministic or not main.query_gradient)
@@ -733,17 +779,8 @@ class BackwardPlan:
         padding = max(ROWS_PER_BLOCK, *(tile.query_tile for tile in readers))
         padded = slots(problem, problem.query_length, padding) * padding
         self.rows = places * padded  # of row_lse, row_d and row_sink
-        self.dq_sum_shape = None if self.separate_dq else (*problem.lead, padded, dims[0])
         key_tiles = slots(problem, problem.key_length, main.key_tile)
-        # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
-        shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
-        enough = tiles.BLOCKS_TO_SUM_HEADS * multiprocessors(device)
-        together = next(n for n in range(shared_heads, 0, -1) if shared_heads % n == 0 and (places // n * key_tiles >= enough or n == 1))
-        self.blocks_of_heads = problem.heads // together
-        # dk and dv are written at once where no further sum is needed, else as float32 (float64) parts.
-        whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
-        self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
-        self.query_parts = views["q"][0] != problem.lead
+        together = self._sum_heads(problem, views, key_tiles)
         whole = maps is not None and not in_parts and not self.key_parts and not self.query_parts
         self.makes_dq = whole and _key_blocks_make_dq(problem, views, dims, together)
         self.takes_turns = self.in_order or self.makes_dq
@@ -751,6 +788,9 @@ class BackwardPlan:
         # the sm90 family, whose tiles have an order of their own.
         by_rows = self.query_parts and not problem.sequences and problem.q_lengths is None and maps is None
         self.finishes = not self.separate_dq and not by_rows and not self.makes_dq
+        in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
+        self.rows_in_dq = in_dq * main.query_tile
+        self.dq_sum_shape = None if self.separate_dq else (self.rows - self.rows_in_dq, dims[0]) if in_dq else (*problem.lead, padded, dims[0])
         parts = {}
         if self.key_parts:
             self.dk_shape, self.dv_shape = ((*problem.batch, self.blocks_of_heads, problem.key_length, dim) for dim in dims)
@@ -758,41 +798,10 @@ class BackwardPlan:
         if self.query_parts:
             self.dq_shape = (*problem.lead, problem.query_length, dims[0])
         heads = {"dk": self.blocks_of_heads, "dv": self.blocks_of_heads} if self.key_parts else {}
-        head_bytes = problem.query_length * (sum(dims) * size + dims[0] * tiles.sum_bytes(precision))
         grid = {"heads_per_block": together, "grid_heads": self.blocks_of_heads, "grid_places": places // together}
-        even = problem.left is None and problem.right is None and not problem.sequences and not self.takes_turns
-        self.walks_together = even and maps is not None and not in_parts and head_bytes > tiles.WALK_TOGETHER_BYTES
-        wide = last_first(problem) if self.makes_dq else self.in_order
-        room = 1 if wide else tiles.HEADS_ROOM
-        if self.makes_dq:
-            head_bytes //= max(1, problem.sequences)
-        sweep_heads = sweep(problem, room * head_bytes, places // together, self.in_order, self.makes_dq)
-        key_blocks, pieces = places // together * key_tiles, 1
-        cut_from, last_keys_first = key_blocks, places // together
-        if (even or last_first(problem)) and not (self.takes_turns or problem.sequences or in_parts or bias_options or self.key_parts) and maps is not None:
-            cut_from, pieces = cut_key_blocks(key_blocks, -(-problem.query_length // main.query_tile), last_first(problem), device)
-        self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims) + WORDS_OF_PIECES)
-        if self.in_order and not self.makes_dq and not in_parts and last_first(problem) and key_tiles:
-            sweep_heads, last_keys_first = sweeps_in_order(sweep_heads, places // together, key_tiles, device)
-        in_dq = 0 if self.makes_dq else _tiles_in_dq(problem, views, dims, padded, main)
-        self.rows_in_dq = in_dq * main.query_tile
-        if in_dq:
-            self.dq_sum_shape = (self.rows - self.rows_in_dq, dims[0])
-        # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won; of
-        # packed sequences not all blocks of the grid would tell.
-        full = problem.left is None and problem.right is None and not problem.sequences
-        self.overlaps = self.finishes and full and maps is not None and not in_parts and not in_dq
-        tellers = 2 if self.in_order and main.query_tile == 128 else 1  # threads of a block that add in order
-        added = key_tiles * pieces * tellers if self.overlaps else 0
-        # With lengths a head may have no key block that adds to its sums, and so waits for these to be cleared.
-        whole = not (in_parts or in_dq or bias_options or options & (tiles.PACKED | tiles.LENGTHS))
-        clears = self.finishes and maps is not None and whole and self.rows < 2**31
-        ahead, clearing = clear_ahead(sweep_heads, places // together, key_tiles, device) if clears else (0, 0)
-        self.counts = self.takes_turns or self.overlaps or clearing > 0  # in row_turn
-        rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": added}
-        numbers = {"partial": self.key_parts, "in_order": self.in_order, "sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, **rows, **grid}
-        numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces, "split_stride": self.pieces_shape[1] if pieces > 1 else 0}
-        numbers |= {"clears_ahead": ahead, "clearing_blocks": clearing}
+        blocks, order = self._order_key_blocks(problem, main, maps is not None and not in_parts, places // together, key_tiles, bool(bias_options))
+        rows = {"padded_queries": padded, "padding": padding, "rows_in_dq": self.rows_in_dq, "added_to_head": order.pop("added_to_head")}
+        numbers = {"partial": self.key_parts, "in_order": self.in_order, **order, **rows, **grid}
         if bias_options:
             parts["dbias"] = contiguous_layout(self.bias_sum[0])
             numbers["batches_together"] = 1 if max(problem.bias.shape[:-3], default=1) > 1 else math.prod(problem.batch)
@@ -819,10 +828,9 @@ class BackwardPlan:
             self.main = launch_sm80(main, not self.separate_dq)
         else:
             makes_dq = (True,) if self.makes_dq else ()
-            cut = {"cut": True} if pieces > 1 else {}
+            cut = {"cut": True} if order["pieces"] > 1 else {}
             name = main.name(precision, dims, options | bias_options, self.takes_turns, *makes_dq, **cut)
             shared_bytes = main.shared_bytes(dims, precision if in_parts else self.takes_turns, *makes_dq)
-            blocks = min(cut_from + (key_blocks - cut_from) * pieces, multiprocessors(device) if self.makes_dq else math.inf)
             mapping = {"maps": maps, "mapped": ("q", "k", "v", "dout")}
             if in_parts:
                 mapping["argument"] = argument(problem, {**float32_parts.views, **parts}, heads, alignment, **numbers)
@@ -856,6 +864,48 @@ class BackwardPlan:
         if bias_tile is not None:
             self._plan_bias(problem, query_views, alignment, bias_tile, options, rows)
             self.bias = _with_mask(by_queries, self.bias)
+
+    def _sum_heads(self, problem, views, key_tiles):
+        """How many query heads a block sums into its dK and dV; and whether the host has to sum parts of these, or of dQ."""
+        # Heads that share both their keys and their values can be summed by one block, if enough blocks are left to fill the GPU.
+        shared_heads = math.gcd(problem.heads // problem.key_heads, problem.heads // problem.value_heads)
+        blocks, enough = math.prod(problem.batch) * problem.heads * key_tiles, tiles.BLOCKS_TO_SUM_HEADS * multiprocessors(problem.device)
+        together = next(n for n in range(shared_heads, 0, -1) if shared_heads % n == 0 and (blocks // n >= enough or n == 1))
+        self.blocks_of_heads = problem.heads // together
+        # dk and dv are written at once where no further sum is needed, else as float32 (float64) parts.
+        whole = (*problem.batch, self.blocks_of_heads) if problem.lead else ()
+        self.key_parts = not (views["dk"][0] == views["dv"][0] == whole)
+        self.query_parts = views["q"][0] != problem.lead
+        return together
+
+    def _order_key_blocks(self, problem, main, by_sm90, places, key_tiles, bias_gradient):
+        """Blocks of the main kernel's grid, and the numbers of its argument that say which key blocks they take, what they clear and whom they tell.
+
+        `by_sm90`: whether it is one of that family, of 16-bit arrays, which can cut them, clear and tell; `places`: of the grid."""
+        size, sums, dims = tiles.element_bytes(problem.precision), tiles.sum_bytes(problem.precision), self.dims
+        head_bytes = problem.query_length * (sum(dims) * size + dims[0] * sums)
+        full, uneven = problem.left is None and problem.right is None, last_first(problem)
+        even = full and not problem.sequences and not self.takes_turns
+        self.walks_together = even and by_sm90 and head_bytes > tiles.WALK_TOGETHER_BYTES
+        sweep_heads = sweep_key_blocks(problem, head_bytes, places, self.in_order, self.makes_dq)
+        key_blocks, pieces = places * key_tiles, 1
+        cut_from, last_keys_first = key_blocks, places
+        if by_sm90 and (even or uneven) and not (self.takes_turns or problem.sequences or bias_gradient or self.key_parts):
+            cut_from, pieces = cut_key_blocks(key_blocks, -(-problem.query_length // main.query_tile), uneven, problem.device)
+        self.pieces_shape = None if pieces == 1 else (key_blocks - cut_from, main.key_tile * sum(dims) + WORDS_OF_PIECES)
+        if by_sm90 and self.in_order and not self.makes_dq and uneven and key_tiles:
+            sweep_heads, last_keys_first = sweeps_in_order(sweep_heads, places, key_tiles, problem.device)
+        # What turns sums into dq begins while the last key blocks are under way, at heads that are done. Under causal masks there is no time to be won.
+        may_overlap = by_sm90 and self.finishes and not self.rows_in_dq
+        self.overlaps = may_overlap and full
+        clears = may_overlap and not bias_gradient and self.rows < 2**31
+        ahead, clearing = clear_ahead(sweep_heads, places, key_tiles, problem.device) if clears else (0, 0)
+        self.counts = self.takes_turns or self.overlaps or clearing > 0  # in row_turn
+        numbers = {"sweep_heads": sweep_heads, "ordered_last_first": last_keys_first, "clears_ahead": ahead, "clearing_blocks": clearing}
+        numbers |= {"cut_from": min(cut_from, 2**31 - 1), "pieces": pieces, "split_stride": self.pieces_shape[1] if pieces > 1 else 0}
+        numbers["added_to_head"] = key_tiles * pieces * main.tellers(self.in_order) if self.overlaps else 0
+        blocks = cut_from + (key_blocks - cut_from) * pieces
+        return min(blocks, multiprocessors(problem.device)) if self.makes_dq else blocks, numbers
 
     def _plan_bias(self, problem, views, alignment, tile, options, rows):
         """The launch for dbias: in parts, where its tiles alone would leave most of the GPU idle."""

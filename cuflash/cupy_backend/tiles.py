@@ -171,6 +171,10 @@ class BackwardSm90Tile(_Parameters):
 
     kernel, threads, key_tile = "backward_sm90", 384, 128
 
+    def tellers(self, in_order):
+        """How many threads of a block say that it has added to a head's dQ (tell_of_heads in kernels/backward_sm90.cuh)."""
+        return 2 if in_order and self.query_tile == 128 else 1
+
     def shared_bytes(self, dims, in_order=False, makes_dq=False):
         rows = self.key_tile * (sum(dims) + makes_dq * dims[0])  # MAKES_DQ: keys of two key blocks
         rows += self.query_tile * (self.query_stages * dims[0] + self.output_stages * dims[1] + 3 * self.key_tile)
@@ -188,6 +192,9 @@ class BackwardWideSm90Tile(_Parameters):
     output_stages: int  # of dO
 
     kernel, threads, key_tile, query_tile = "backward_wide_sm90", 384, 64, 64
+
+    def tellers(self, in_order):
+        return 1
 
     def name(self, precision, dims, options, in_order, cut=False):
         return super().name(precision, dims, options, in_order, *(cut,) * cut)
@@ -402,9 +409,11 @@ IN_PLACE_WORK = 2**40
 # far more than L2 holds. By trials on an H200, 2^18 to 2^20 steps; causal calls were slower with it.
 WALK_TOGETHER_BYTES = 2**28
 # Head dims at which key blocks can make dQ themselves, and up to how many keys they do, where the last queries see most of them and else. By trials on an H200,
-# 512 to 8,192 keys; and of packed sequences, up to how many on average, and where a block sums heads that share keys: at d 128 by trials with 2,048.
-MAKES_DQ = {(64, 64): (4096, 2048), (128, 128): (1024, 1024)}
-MAKES_DQ_PACKED_OR_GROUPED = MAKES_DQ | {(128, 128): (2048, 1024)}
+# 512 to 8,192 keys; of packed sequences with 512 to 5,461 on average; and where a block sums heads that share keys, at d 128 with 2,048.
+MAKES_DQ = {
+    (64, 64): {"single": (4096, 2048), "packed": (3072, 1408), "grouped": (4096, 2048)},
+    (128, 128): {"single": (1024, 1024), "packed": (1280, 768), "grouped": (2048, 1024)},
+}
 # So many heads are then swept together at least where key blocks are uneven, as little of each is in use at a time; fewer where all have as much to do: each
 # counts as so many, as it does where key blocks neither make dQ nor keep an order. By the same trials, and others of the latter.
 HEADS_MAKE_DQ, HEADS_ROOM = 16, 2

@@ -76,6 +76,8 @@ def _allocate(size):
 
 
 class MemoryPointer:
+    device_id = 0
+
     def __init__(self, memory, offset):
         self.memory, self.offset = memory, offset
         self.ptr = memory.start_ + offset if memory.size_ else 0
