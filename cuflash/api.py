@@ -119,7 +119,18 @@ def attention_forward(q, k, v, *, out=None, **options):
     >>> out.shape, np.exp(lse).round(6)
     ((2, 3), array([4., 4.]))
     """
-    return _forward(q, k, v, out, options)[0]
+    key = repeat.described(q, k, v, options) if out is None else None
+    again = repeat.find(key)
+    result = again(q, k, v, options.get("cu_seqlens")) if again is not None else None
+    if result is None:
+        problem, q, k, v = make_problem(q, k, v, options)
+        if out is not None:
+            out = problem.require_output(out, q=q, k=k, v=v)
+        backend = _backend(problem)
+        result = backend.forward(problem, q, k, v, out)
+        if key is not None and again is None:
+            repeat.keep(key, backend.forward_again(problem, q, k, v, *result))
+    return result
 
 
 @with_options
@@ -185,7 +196,7 @@ def attention_backward(dout, q, k, v, out, lse, *, dlse=None, **options):
     >>> bool(np.isclose(change / 1e-6, dk[1, 2].imag, rtol=1e-4))
     True
     """
-    return _backward(None, dout, q, k, v, out, lse, dlse, options)
+    return _gradients(None, dout, q, k, v, out, lse, dlse, options)
 
 
 @with_options
@@ -227,50 +238,34 @@ def attention_vjp(q, k, v, *, out=None, **options):
     >>> dq[0]  # the first query sees one key only, so its weight cannot change
     array([0., 0., 0., 0.])
     """
-    (out, lse), checked = _forward(q, k, v, out, options)
+    problem, q, k, v = make_problem(q, k, v, options)
+    if out is not None:
+        out = problem.require_output(out, q=q, k=k, v=v)
+    out, lse = _backend(problem).forward(problem, q, k, v, out)
+    options["precision"] = problem.precision  # that of the forward, whatever CUPY_TF32 says later
 
     def vjp(dout, dlse=None):
         """Gradients of (q, k, v[, bias][, sinks]), given that of out (and of lse)."""
-        return _backward(checked, dout, q, k, v, out, lse, dlse, options)
+        return _gradients(problem, dout, q, k, v, out, lse, dlse, options)
 
     return out, vjp
 
 
-def _forward(q, k, v, out, options):
-    """out and lse, and what was checked: the Problem, q, k and v; or None where a call was repeated."""
-    key = repeat.described(q, k, v, options) if out is None else None
-    again = repeat.find(key)
-    result = again(q, k, v, options.get("cu_seqlens")) if again is not None else None
-    if result is not None:
-        return result, None
-    problem, q, k, v = checked = make_problem(q, k, v, options)
-    if out is not None:
-        out = problem.require_output(out, q=q, k=k, v=v)
-    backend = _backend(problem)
-    result = backend.forward(problem, q, k, v, out)
-    if key is not None and again is None:
-        repeat.keep(key, backend.forward_again(problem, q, k, v, *result))
-    return result, checked
-
-
-def _backward(checked, dout, q, k, v, out, lse, dlse, options):
-    """The gradients; `checked`: from the forward that made out and lse, or None."""
+def _gradients(problem, dout, q, k, v, out, lse, dlse, options):
+    """What attention_backward returns; `problem`: of the forward, which checked all but dout and dlse, or None."""
     key = repeat.described(q, k, v, options, dout, out, lse, *(() if dlse is None else (dlse,)))
     again = repeat.find(key)
     result = again(dout, q, k, v, out, lse, dlse, options.get("cu_seqlens")) if again is not None else None
-    if result is not None:
-        return result
-    if checked is None:
-        problem, q, k, v = make_problem(q, k, v, options, draw_seed=False)
-        out = problem.require("out", out, problem.out_shape, problem.dtype)
-        lse = problem.require("lse", lse, problem.lse_shape, problem.lse_dtype)
-    else:
-        problem, q, k, v = checked
-    dout = problem.require("dout", dout, problem.out_shape, problem.dtype)
-    if dlse is not None:
-        dlse = problem.require("dlse", dlse, problem.lse_shape, problem.lse_dtype)
-    backend = _backend(problem)
-    result = backend.backward(problem, dout, q, k, v, out, lse, dlse)
-    if key is not None and again is None:
-        repeat.keep(key, backend.backward_again(problem, dout, q, k, v, out, lse, dlse, *result))
+    if result is None:
+        if problem is None:
+            problem, q, k, v = make_problem(q, k, v, options, draw_seed=False)
+            out = problem.require("out", out, problem.out_shape, problem.dtype)
+            lse = problem.require("lse", lse, problem.lse_shape, problem.lse_dtype)
+        dout = problem.require("dout", dout, problem.out_shape, problem.dtype)
+        if dlse is not None:
+            dlse = problem.require("dlse", dlse, problem.lse_shape, problem.lse_dtype)
+        backend = _backend(problem)
+        result = backend.backward(problem, dout, q, k, v, out, lse, dlse)
+        if key is not None and again is None:
+            repeat.keep(key, backend.backward_again(problem, dout, q, k, v, out, lse, dlse, *result))
     return result

@@ -89,7 +89,7 @@ def test_other_cu_seqlens(arrays):
 
 
 def test_vjp(arrays):
-    """It takes the short ways of both passes; what it keeps of arrays is its own."""
+    """Its gradients take the short way; what it keeps of arrays is its own."""
     call = arrays.normal(2, LENGTH, 64), *arrays.qkv(LENGTH, KEYS, 64, lead=(2,))
     wanted = together(*call, causal=True)
 
@@ -101,4 +101,19 @@ def test_vjp(arrays):
         return [[bits(array) for array in (out, *own)] for own in gradients]
 
     assert [by_vjp() for _ in range(3)] == [[[wanted[0], *wanted[2:]]] * 2] * 3
-    assert len(repeat._calls) == 3
+    assert len(repeat._calls) == 3  # both passes of `together`, and one vjp
+
+
+def test_vjp_has_the_precision_of_its_forward(seed, no_plans, monkeypatch):
+    """Whatever CUPY_TF32 says by the time of the gradients, of which those of either precision are kept."""
+    arrays = Arrays(cupy, "float32", seed)
+    dout, (q, k, v) = arrays.normal(2, LENGTH, 64), arrays.qkv(LENGTH, KEYS, 64, lead=(2,))
+    for forward, backward in (("0", "1"), ("1", "0")):
+        monkeypatch.setenv("CUPY_TF32", forward)
+        _, vjp = cuflash.attention_vjp(q, k, v, deterministic=True)
+        wanted = [bits(gradient) for gradient in vjp(dout)]
+        monkeypatch.setenv("CUPY_TF32", backward)
+        assert [bits(gradient) for gradient in vjp(dout)] == wanted
+        _, other = cuflash.attention_vjp(q, k, v, deterministic=True)
+        assert [bits(gradient) for gradient in other(dout)] != wanted
+        assert [bits(gradient) for gradient in vjp(dout)] == wanted
